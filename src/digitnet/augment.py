@@ -1,0 +1,87 @@
+"""Random augmentation of a batch, one draw per image, on the batch's own device."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms import v2
+
+
+def affine(images: Tensor, angle_deg: Tensor, shift_frac: Tensor) -> Tensor:
+    """Rotate each image about its centre, then shift it, in one bilinear resampling.
+
+    Pixels from outside the image repeat the nearest edge pixel (Keras' ``fill_mode="nearest"``).
+
+    Args:
+        images: (B, C, H, W), uint8 in [0, 255] or floating point of any range.
+        angle_deg: (B,) angles in degrees, counter-clockwise as one looks at the image.
+        shift_frac: (B, 2) shifts down and to the right, as fractions of height and width.
+
+    Returns:
+        (B, C, H, W) of the dtype given; uint8 is rounded to the nearest level.
+    """
+    height, width = images.shape[-2:]
+    cos, sin = torch.cos(angle_deg * (math.pi / 180)), torch.sin(angle_deg * (math.pi / 180))
+    # affine_grid asks where each output pixel comes from, in coordinates that run from -1 to 1 across the image:
+    # undo the shift, then undo the rotation. Width over height keeps a rotation a rotation on oblong images.
+    down, right = 2 * shift_frac.unbind(1)[0], 2 * shift_frac.unbind(1)[1]
+    xx, xy = cos, -sin * (height / width)
+    yx, yy = sin * (width / height), cos
+    theta = torch.stack(
+        [xx, xy, -(xx * right + xy * down), yx, yy, -(yx * right + yy * down)], dim=1
+    ).view(-1, 2, 3)  # (B, 2, 3)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)  # (B, H, W, 2)
+    pixels = images if images.is_floating_point() else images.float()
+    warped = F.grid_sample(pixels, grid.to(pixels.dtype), padding_mode="border", align_corners=False)
+    return warped if images.is_floating_point() else warped.round_().to(images.dtype)
+
+
+class RandomAffine(v2.Transform):
+    """Rotate and shift each image of a batch by its own random amounts.
+
+    Uniform draws: the angle from +-``rotation_deg``, the shifts down and to the right independently from
+    +-``shift_frac``. The draws come from the default generator of the images' device, so the run's seed repeats them.
+    Labels and other inputs pass through, as in any torchvision transform. With both strengths zero, the images come
+    back unchanged.
+
+    Differs from ``torchvision.transforms.v2.RandomAffine``: that one draws once per call, so a whole batch moves alike.
+    Source: the write-up's Keras layers RandomRotation(0.05, fill_mode="nearest"), a twentieth of a turn, and
+    RandomTranslation(0.1, 0.1, fill_mode="nearest"); differs from Keras: one resampling for both instead of two.
+
+    Args:
+        rotation_deg: largest rotation either way, in degrees, in [0, 180].
+        shift_frac: largest shift either way, as a fraction of the image's height and width, in [0, 1].
+
+    Raises:
+        ValueError: when a strength lies outside its range.
+    """
+
+    _transformed_types = (Tensor,)  # torchvision's hook: what to transform; anything else passes through
+
+    def __init__(self, rotation_deg: float = 18.0, shift_frac: float = 0.1) -> None:
+        super().__init__()
+        if not 0 <= rotation_deg <= 180:
+            raise ValueError(f"rotation_deg is {rotation_deg}; it is the largest angle in degrees, from 0 to 180")
+        if not 0 <= shift_frac <= 1:
+            raise ValueError(f"shift_frac is {shift_frac}; it is the largest shift as a fraction, from 0 to 1")
+        self.rotation_deg = rotation_deg
+        self.shift_frac = shift_frac
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Tensor]:
+        """Draw the angle and the shifts of each image of the batch."""
+        images = next(x for x in flat_inputs if isinstance(x, Tensor))
+        batch_size = images.shape[0] if images.ndim == 4 else 1
+        draws = torch.empty(3, batch_size, device=images.device).uniform_(-1, 1)
+        return {"angle_deg": draws[0] * self.rotation_deg, "shift_frac": draws[1:].T * self.shift_frac}
+
+    def transform(self, inpt: Tensor, params: dict[str, Tensor]) -> Tensor:
+        """Apply the drawn parameters to images (B, C, H, W), or to a single one (C, H, W)."""
+        if self.rotation_deg == 0 and self.shift_frac == 0:
+            return inpt
+        if inpt.ndim == 3:
+            return affine(inpt[None], **params)[0]
+        return affine(inpt, **params)

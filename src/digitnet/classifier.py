@@ -1,0 +1,108 @@
+"""DigitClassifier: the training system around DigitNet."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+from digitnet.model import DigitNet
+
+Batch = tuple[Tensor, Tensor]
+
+# Source: Keras' Adam, whose epsilon is 1e-7 where PyTorch's is 1e-8.
+KERAS_ADAM = partial(torch.optim.Adam, lr=1e-3, eps=1e-7, fused=True)
+
+
+class DigitClassifier(L.LightningModule):
+    """Trains and scores a DigitNet: cross-entropy loss, accuracy, any torch optimizer and schedule.
+
+    Batches are ``(images, labels)``: images (B, 1, 28, 28) uint8, labels (B,) int64. Metrics are updated every step
+    and logged once an epoch (``train/loss``, ``train/acc``, ``val/...``, ``test/...``): logging costs more than they do.
+
+    Args:
+        dropout: probability of dropping a unit after each hidden dense layer, in [0, 1).
+        conv_dropout: probability of dropping a value after each pooling, in [0, 1).
+        optimizer: any torch optimizer, by class path or name; its arguments follow as ``init_args``.
+        lr_scheduler: any torch learning-rate schedule, stepped once an epoch; none by default.
+        channels_last: keep weights and images in channels-last memory format. By default, where it is the faster one:
+            on CPU and CUDA.
+    """
+
+    def __init__(
+        self,
+        dropout: float = 0.2,
+        conv_dropout: float = 0.0,
+        optimizer: OptimizerCallable = KERAS_ADAM,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        channels_last: bool | None = None,
+    ) -> None:
+        super().__init__()
+        # Functions cannot be stored in a checkpoint that is safe to load; the run's config.yaml names both.
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.channels_last = channels_last
+        self.net = DigitNet(dropout=dropout, conv_dropout=conv_dropout)
+        self.metrics = nn.ModuleDict()
+        for stage in ("train", "val", "test"):
+            self.metrics[f"{stage}/loss"] = MeanMetric()
+            self.metrics[f"{stage}/acc"] = MulticlassAccuracy(num_classes=10, average="micro")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, 10) of images (B, 1, 28, 28), uint8 in [0, 255] or float in [0, 1]."""
+        return self.net(images)
+
+    def setup(self, stage: str) -> None:
+        channels_last = self.channels_last
+        if channels_last is None:
+            channels_last = self.trainer.strategy.root_device.type in ("cpu", "cuda")
+        self.net.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss, _ = self._score("train", batch)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return self._score("val", batch)[1]
+
+    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return self._score("test", batch)[1]
+
+    def _score(self, stage: str, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Update the stage's metrics; return the mean loss, a scalar, and the logits (B, 10) in float32."""
+        images, labels = batch
+        logits = self(images).float()  # the loss in full precision, whatever the network computed in
+        loss = F.cross_entropy(logits, labels)
+        self.metrics[f"{stage}/loss"].update(loss.detach(), weight=len(labels))
+        self.metrics[f"{stage}/acc"].update(logits.detach(), labels)
+        return loss, logits
+
+    def on_train_epoch_end(self) -> None:
+        self._log_epoch("train")
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_epoch("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_epoch("test")
+
+    def _log_epoch(self, stage: str) -> None:
+        names = (f"{stage}/loss", f"{stage}/acc")
+        self.log_dict({name: self.metrics[name] for name in names}, prog_bar=True)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer(self.parameters())
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": scheduler.monitor}}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}

@@ -1,0 +1,81 @@
+"""DigitNet: the network, plain ``torch.nn``.
+
+Source: the write-up's Keras model, layer for layer. The order of pooling and ReLU is swapped, which changes no value
+(a maximum commutes with a monotone function) and leaves a quarter of the pixels for the ReLU.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class DigitNet(nn.Module):
+    """Five convolutions and three dense layers: 28x28 pixels in, ten logits out, 1,413,834 parameters.
+
+    Differs from Keras: no softmax at the end (the loss takes logits), and the flattened features are ordered
+    channel-height-width instead of height-width-channel.
+
+    Args:
+        dropout: probability of dropping a unit after each of the two hidden dense layers, in [0, 1).
+        conv_dropout: probability of dropping a value after each of the three poolings, in [0, 1).
+
+    Raises:
+        ValueError: when a probability lies outside [0, 1).
+    """
+
+    def __init__(self, dropout: float = 0.2, conv_dropout: float = 0.0) -> None:
+        super().__init__()
+        for name, value in (("dropout", dropout), ("conv_dropout", conv_dropout)):
+            if not 0 <= value < 1:
+                raise ValueError(f"{name} is {value}; it is a probability and must lie in [0, 1)")
+        self.conv1 = nn.Conv2d(1, 64, kernel_size=7, padding=3)
+        self.conv2 = nn.Conv2d(64, 128, kernel_size=3, padding=1)
+        self.conv3 = nn.Conv2d(128, 128, kernel_size=3, padding=1)
+        self.conv4 = nn.Conv2d(128, 256, kernel_size=3, padding=1)
+        self.conv5 = nn.Conv2d(256, 256, kernel_size=3, padding=1)
+        self.fc1 = nn.Linear(256 * 3 * 3, 128)
+        self.fc2 = nn.Linear(128, 64)
+        self.fc3 = nn.Linear(64, 10)
+        self.pool = nn.MaxPool2d(2)
+        self.dropout = nn.Dropout(dropout)
+        self.conv_dropout = nn.Dropout(conv_dropout)
+        self.apply(init_he_normal)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Score each image for each digit.
+
+        Args:
+            images: (B, 1, 28, 28), uint8 in [0, 255] or floating point in [0, 1]; ink is bright, paper is 0.
+
+        Returns:
+            Logits (B, 10), unbounded; their softmax is the probability of each digit.
+        """
+        x = images.float() / 255 if images.dtype == torch.uint8 else images  # (B, 1, 28, 28)
+        x = self.conv_dropout(F.relu(self.pool(self.conv1(x))))  # (B, 64, 14, 14)
+        x = F.relu(self.conv2(x))  # (B, 128, 14, 14)
+        x = self.conv_dropout(F.relu(self.pool(self.conv3(x))))  # (B, 128, 7, 7)
+        x = F.relu(self.conv4(x))  # (B, 256, 7, 7)
+        x = self.conv_dropout(F.relu(self.pool(self.conv5(x))))  # (B, 256, 3, 3)
+        x = x.flatten(1)  # (B, 2304)
+        x = self.dropout(F.relu(self.fc1(x)))  # (B, 128)
+        x = self.dropout(F.relu(self.fc2(x)))  # (B, 64)
+        return self.fc3(x)  # (B, 10)
+
+
+def init_he_normal(module: nn.Module) -> None:
+    """Initialise a layer as Keras' ``he_normal`` does, biases at zero; modules without weights are left alone.
+
+    A normal distribution of variance 2 / fan_in, cut at two standard deviations, then widened so that the variance
+    after the cut is 2 / fan_in again. Source: Keras ``VarianceScaling(2, "fan_in", "truncated_normal")``; differs from
+    ``torch.nn.init.kaiming_normal_``, which does not cut.
+    """
+    if isinstance(module, (nn.Conv2d, nn.Linear)):
+        fan_in = module.weight[0].numel()
+        std = math.sqrt(2 / fan_in) / 0.87962566103423978  # the sd of a unit normal cut at +-2
+        nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
+        assert module.bias is not None
+        nn.init.zeros_(module.bias)
