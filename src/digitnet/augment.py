@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 
@@ -28,16 +29,15 @@ def affine(images: Tensor, angle_deg: Tensor, shift_frac: Tensor) -> Tensor:
     cos, sin = torch.cos(angle_deg * (math.pi / 180)), torch.sin(angle_deg * (math.pi / 180))
     # affine_grid asks where each output pixel comes from, in coordinates that run from -1 to 1 across the image:
     # undo the shift, then undo the rotation. Width over height keeps a rotation a rotation on oblong images.
-    down, right = 2 * shift_frac.unbind(1)[0], 2 * shift_frac.unbind(1)[1]
+    down, right = (2 * shift_frac).unbind(1)
     xx, xy = cos, -sin * (height / width)
     yx, yy = sin * (width / height), cos
-    theta = torch.stack(
-        [xx, xy, -(xx * right + xy * down), yx, yy, -(yx * right + yy * down)], dim=1
-    ).view(-1, 2, 3)  # (B, 2, 3)
+    rows = [xx, xy, -(xx * right + xy * down), yx, yy, -(yx * right + yy * down)]
+    theta = torch.stack(rows, dim=1).view(-1, 2, 3)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)  # (B, H, W, 2)
-    pixels = images if images.is_floating_point() else images.float()
-    warped = F.grid_sample(pixels, grid.to(pixels.dtype), padding_mode="border", align_corners=False)
-    return warped if images.is_floating_point() else warped.round_().to(images.dtype)
+    # In float32 whatever the dtype: half precision cannot say well enough where a pixel comes from.
+    warped = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+    return warped.to(images.dtype) if images.is_floating_point() else warped.round_().to(images.dtype)
 
 
 class RandomAffine(v2.Transform):
@@ -73,7 +73,9 @@ class RandomAffine(v2.Transform):
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Tensor]:
         """Draw the angle and the shifts of each image of the batch."""
-        images = next(x for x in flat_inputs if isinstance(x, Tensor))
+        if not flat_inputs:
+            raise TypeError("RandomAffine got no image tensor; put v2.ToImage() before it to make one of a PIL image")
+        images = flat_inputs[0]
         batch_size = images.shape[0] if images.ndim == 4 else 1
         draws = torch.empty(3, batch_size, device=images.device).uniform_(-1, 1)
         return {"angle_deg": draws[0] * self.rotation_deg, "shift_frac": draws[1:].T * self.shift_frac}
@@ -82,6 +84,6 @@ class RandomAffine(v2.Transform):
         """Apply the drawn parameters to images (B, C, H, W), or to a single one (C, H, W)."""
         if self.rotation_deg == 0 and self.shift_frac == 0:
             return inpt
-        if inpt.ndim == 3:
-            return affine(inpt[None], **params)[0]
-        return affine(inpt, **params)
+        warped = affine(inpt, **params) if inpt.ndim == 4 else affine(inpt[None], **params)[0]
+        result: Tensor = tv_tensors.wrap(warped, like=inpt)  # an Image stays an Image
+        return result

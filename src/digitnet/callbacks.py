@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import time
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+
+from digitnet.machine import describe_hardware, list_versions
 
 
 class SeedEachEpoch(Callback):
@@ -51,29 +58,148 @@ class Throughput(Callback):
         self.start = time.perf_counter()
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: tuple[Tensor, Tensor], batch_idx: int
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: tuple[Tensor, Tensor],
+        batch_idx: int,
     ) -> None:
         self.num_images += len(batch[1])
-        if trainer.is_last_batch:
-            if pl_module.device.type == "cuda":
-                torch.cuda.synchronize(pl_module.device)
-            self.seconds = time.perf_counter() - self.start
+        if trainer.is_last_batch and pl_module.device.type == "cuda":
+            torch.cuda.synchronize(pl_module.device)
+        self.seconds = time.perf_counter() - self.start
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         images_per_s = self.num_images * trainer.world_size / self.seconds
         pl_module.log("train/images_per_s", images_per_s, rank_zero_only=True)
 
 
+class PrintEpochs(Callback):
+    """One line an epoch, for logs and other places where a progress bar is no use."""
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # This hook comes before the module's own, which logs the training metrics.
+        train = {name: metric.compute() for name, metric in pl_module.metrics.items() if name.startswith("train/")}
+        values = {**train, **{k: v for k, v in trainer.callback_metrics.items() if k.startswith("val/")}}
+        rank_zero_info(f"epoch {trainer.current_epoch}  " + "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
+
+
 class HyperparameterSummary(Callback):
     """Give TensorBoard's HPARAMS page the run's settings and ``hp/val_acc``, the best validation accuracy so far."""
 
+    best = 0.0
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.log_hyperparams(logger.hparams, {"hp/val_acc": 0.0})
+            if isinstance(logger, TensorBoardLogger) and trainer.global_step == 0:
+                logger.log_hyperparams(dict(logger.hparams), {"hp/val_acc": 0.0})
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.sanity_checking and isinstance(trainer.early_stopping_callback, EarlyStopping):
-            best = float(trainer.early_stopping_callback.best_score)
+        if not trainer.sanity_checking:
+            self.best = max(self.best, float(trainer.callback_metrics["val/acc"]))
             for logger in trainer.loggers:
-                logger.log_metrics({"hp/val_acc": best}, step=trainer.global_step)
+                logger.log_metrics({"hp/val_acc": self.best}, step=trainer.global_step)
+
+    def state_dict(self) -> dict[str, float]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        self.best = state_dict["best"]
+
+
+class ResumeHint(Callback):
+    """When ``fit`` is interrupted, say what is kept and what to type to go on."""
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if not isinstance(exception, KeyboardInterrupt):
+            return
+        last = next((c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and not c.monitor), None)
+        if last and last.best_model_path:
+            rank_zero_info(
+                f"stopped in epoch {trainer.current_epoch}; the epochs before it are kept. "
+                f"To go on: python -m digitnet fit --ckpt_path {last.best_model_path}"
+            )
+        else:
+            rank_zero_info(f"stopped in epoch {trainer.current_epoch}, before the first checkpoint; nothing is kept")
+
+
+class WriteScores(Callback):
+    """Print and keep what ``test`` or ``validate`` found, in the run's ``report/`` folder.
+
+    ``metrics.json`` and ``predictions.csv`` for ``test``, ``validate_metrics.json`` and ``validate_predictions.csv`` for
+    ``validate``.
+
+    Args:
+        checkpoint: the checkpoint scored.
+        run_dir: its run's folder; None puts ``report/`` beside the checkpoint.
+    """
+
+    def __init__(self, checkpoint: Path, run_dir: Path | None) -> None:
+        self.checkpoint = checkpoint
+        self.run_dir = run_dir
+        self.report_dir = (run_dir or checkpoint.absolute().parent) / "report"
+        self.logits: list[Tensor] = []
+        self.labels: list[Tensor] = []
+
+    def on_test_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        self.logits.append(outputs.cpu())
+        self.labels.append(batch[1].cpu())
+
+    on_validation_batch_end = on_test_batch_end
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._write(trainer, "test", prefix="")
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._write(trainer, "val", prefix="validate_")
+
+    def _write(self, trainer: L.Trainer, subset: str, prefix: str) -> None:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        start = sum(data.split[: ("train", "val", "test").index(subset)])
+        num_images = data.split[("train", "val", "test").index(subset)]
+        logits, labels = torch.cat(self.logits), torch.cat(self.labels)
+        assert len(labels) == num_images, f"{len(labels)} images scored of {num_images}"
+        confidence, prediction = logits.softmax(dim=1).max(dim=1)
+        num_errors = int((prediction != labels).sum())
+        config = self.run_dir / "config.yaml" if self.run_dir else None
+        stored = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        metrics = {
+            "dataset": data.source,
+            "subset": subset,
+            "split": list(data.split),
+            "first_index": start,
+            "checkpoint": str(self.checkpoint),
+            "epoch": stored.get("epoch"),
+            "num_images": num_images,
+            "num_errors": num_errors,
+            "accuracy": 1 - num_errors / num_images,
+            "loss": float(trainer.callback_metrics[f"{subset}/loss"]),
+            "config_sha256": hashlib.sha256(config.read_bytes()).hexdigest() if config else None,
+            "precision": str(trainer.precision),
+            "versions": list_versions(),
+            "hardware": describe_hardware(),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        rows = ["index,label,prediction,confidence"]
+        for offset, row in enumerate(zip(labels.tolist(), prediction.tolist(), confidence.tolist(), strict=True)):
+            rows.append(f"{start + offset},{row[0]},{row[1]},{row[2]:.6f}")
+        self.report_dir.mkdir(parents=True, exist_ok=True)
+        write_text(self.report_dir / f"{prefix}predictions.csv", "\n".join(rows) + "\n")
+        write_text(self.report_dir / f"{prefix}metrics.json", json.dumps(metrics, indent=2) + "\n")
+        print(
+            f"images    {num_images:,} ({data.source}, {start:,} to {start + num_images - 1:,})\n"
+            f"accuracy  {metrics['accuracy']:.2%}\n"
+            f"mistakes  {num_errors:,}\n"
+            f"loss      {metrics['loss']:.4f}\n"
+            f"report    {os.path.relpath(self.report_dir)}"
+        )
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write all or nothing: a file beside it, renamed into place."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    os.replace(part, path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -16,9 +16,6 @@ from torchmetrics.classification import MulticlassAccuracy
 from digitnet.model import DigitNet
 
 Batch = tuple[Tensor, Tensor]
-
-# Source: Keras' Adam, whose epsilon is 1e-7 where PyTorch's is 1e-8.
-KERAS_ADAM = partial(torch.optim.Adam, lr=1e-3, eps=1e-7, fused=True)
 
 
 class DigitClassifier(L.LightningModule):
@@ -40,7 +37,8 @@ class DigitClassifier(L.LightningModule):
         self,
         dropout: float = 0.2,
         conv_dropout: float = 0.0,
-        optimizer: OptimizerCallable = KERAS_ADAM,
+        # A lambda, because the command line can read its defaults back; epsilon is Keras', PyTorch's is 1e-8.
+        optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=1e-3, eps=1e-7, fused=True),
         lr_scheduler: LRSchedulerCallable | None = None,
         channels_last: bool | None = None,
     ) -> None:
@@ -53,7 +51,7 @@ class DigitClassifier(L.LightningModule):
         self.net = DigitNet(dropout=dropout, conv_dropout=conv_dropout)
         self.metrics = nn.ModuleDict()
         for stage in ("train", "val", "test"):
-            self.metrics[f"{stage}/loss"] = MeanMetric()
+            self.metrics[f"{stage}/loss"] = MeanMetric(nan_strategy="disable")  # or it would hide a NaN loss
             self.metrics[f"{stage}/acc"] = MulticlassAccuracy(num_classes=10, average="micro")
 
     def forward(self, images: Tensor) -> Tensor:
@@ -80,10 +78,10 @@ class DigitClassifier(L.LightningModule):
         """Update the stage's metrics; return the mean loss, a scalar, and the logits (B, 10) in float32."""
         images, labels = batch
         logits = self(images).float()  # the loss in full precision, whatever the network computed in
-        loss = F.cross_entropy(logits, labels)
-        self.metrics[f"{stage}/loss"].update(loss.detach(), weight=len(labels))
+        losses = F.cross_entropy(logits, labels, reduction="none")  # (B,)
+        self.metrics[f"{stage}/loss"].update(losses.detach())
         self.metrics[f"{stage}/acc"].update(logits.detach(), labels)
-        return loss, logits
+        return losses.mean(), logits
 
     def on_train_epoch_end(self) -> None:
         self._log_epoch("train")
@@ -106,3 +104,27 @@ class DigitClassifier(L.LightningModule):
         if isinstance(scheduler, ReduceLROnPlateau):
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": scheduler.monitor}}
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+
+def verify_checkpoint(path: Path) -> None:
+    """Check that a file is a DigitClassifier's checkpoint; nothing in it is executed.
+
+    Raises:
+        ValueError: it is missing, damaged, no checkpoint of Lightning's, or one of another architecture.
+    """
+    if not path.is_file():
+        raise ValueError(f'ckpt_path is "{path}": no such file; give the path of a .ckpt, or leave it out')
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a foreign file can fail in any way
+        reason = str(error).split(". ")[0].split("\n")[0]
+        raise ValueError(f"{path} is not a checkpoint that can be read safely: {reason}") from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise ValueError(f"{path} is not a Lightning checkpoint: it has no state_dict")
+    with torch.device("meta"):
+        expected = {f"net.{name}": weight.shape for name, weight in DigitNet().state_dict().items()}
+    found = {name: weight.shape for name, weight in checkpoint["state_dict"].items() if isinstance(weight, Tensor)}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            sizes = [str(list(shapes[name])) if name in shapes else "none" for shapes in (expected, found)]
+            raise ValueError(f"{path} is of another architecture: {name} should be {sizes[0]}, and is {sizes[1]}")

@@ -1,26 +1,68 @@
 """fit, validate and test: Lightning's command line, with what it lacks.
 
-A bare ``test`` takes the newest run's best checkpoint with that run's own settings, ``fit --ckpt_path last`` goes on in
-the same folder, and precision follows the hardware.
+A bare ``test`` takes the newest run's best checkpoint with that run's own settings; ``fit --ckpt_path last`` goes on in
+the run's own folder; precision follows the hardware.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
+import os
+import sys
+import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+import lightning as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    TQDMProgressBar,
+)
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
-from digitnet.callbacks import HyperparameterSummary, RestoreBestWeights, SeedEachEpoch, Throughput
-from digitnet.classifier import DigitClassifier
+from digitnet.callbacks import (
+    HyperparameterSummary,
+    PrintEpochs,
+    ResumeHint,
+    RestoreBestWeights,
+    SeedEachEpoch,
+    Throughput,
+    WriteScores,
+)
+from digitnet.classifier import DigitClassifier, verify_checkpoint
 from digitnet.data import MNISTDataModule
+from digitnet.errors import OneLineErrors
+from digitnet.machine import choose_precision
 
 LOG_DIR = Path("lightning_logs")
+FIT_HINT = "python -m digitnet fit --config configs/final.yaml"
+
+DESCRIPTIONS = {
+    "fit": f"""Train a digit classifier.
+  {FIT_HINT}
+  {FIT_HINT} --model.dropout 0.5 --trainer.max_epochs 20
+  {FIT_HINT} --model.optimizer torch.optim.SGD --model.optimizer.lr 0.01
+  python -m digitnet fit --ckpt_path last     go on with the newest run, in its folder and with its settings
+Each run gets a folder lightning_logs/<name>/version_N with config.yaml, TensorBoard events, checkpoints/best.ckpt (best
+validation accuracy, for test) and checkpoints/last.ckpt (for going on). A config says only what differs from the
+defaults below; --print_config shows the whole.""",
+    "validate": """Score a trained checkpoint on its validation images.
+  python -m digitnet validate                        the newest run's best checkpoint
+  python -m digitnet validate --ckpt_path FILE.ckpt
+Data and model settings are those of the checkpoint's run; flags given here come on top.""",
+    "test": """Score a trained checkpoint on its test images, each once.
+  python -m digitnet test                            the newest run's best checkpoint
+  python -m digitnet test --ckpt_path FILE.ckpt
+Writes metrics.json and predictions.csv into the run's report/ folder. Data and model settings are those of the
+checkpoint's run; flags given here come on top.""",
+}
 
 
 def find_newest(filename: str, log_dir: Path = LOG_DIR) -> Path:
@@ -29,90 +71,181 @@ def find_newest(filename: str, log_dir: Path = LOG_DIR) -> Path:
     Raises:
         FileNotFoundError: when there is none.
     """
-    found = sorted(log_dir.glob(f"**/checkpoints/{filename}"), key=lambda path: path.stat().st_mtime)
+    found = list(log_dir.glob(f"**/checkpoints/{filename}"))
     if not found:
         raise FileNotFoundError(
-            f"no run with a checkpoints/{filename} under {log_dir}; train one first: "
-            "python -m digitnet fit --config configs/final.yaml"
+            f"no run has a checkpoints/{filename} under {log_dir}/ yet; train one first: {FIT_HINT}"
         )
-    return found[-1]
+    return max(found, key=lambda path: path.stat().st_mtime)
 
 
-def choose_precision(accelerator: str = "auto") -> tuple[str, str]:
-    """The fastest precision that trains as well as float32 on this machine, and why.
+def find_run(checkpoint: Path) -> Path | None:
+    """The run folder that a checkpoint belongs to, None when it lies elsewhere."""
+    run = Path(os.path.relpath(checkpoint.parent.parent))  # as when the run began: Lightning compares the text
+    return run if checkpoint.parent.name == "checkpoints" and (run / "config.yaml").is_file() else None
 
-    bfloat16 only where the hardware multiplies it natively; elsewhere it is slower than float32.
 
-    Args:
-        accelerator: as the Trainer takes it: "auto", "cpu", "gpu", "cuda", "mps".
+class DigitParser(OneLineErrors, LightningArgumentParser):
+    """LightningCLI's parser, with one-line errors, and flags written out in full."""
 
-    Returns:
-        A Trainer precision and the reason, to print.
-    """
-    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability()
-        if major >= 8:
-            return "bf16-mixed", f"CUDA capability {major}.{minor} has bfloat16"
-        return "32-true", f"CUDA capability {major}.{minor} has no bfloat16"
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
-    native = sorted(flags & {"avx512_bf16", "amx_bf16"})
-    if accelerator in ("auto", "cpu") and native and not torch.backends.mps.is_available():
-        return "bf16-mixed", f"this CPU has {' and '.join(native)}"
-    return "32-true", "no native bfloat16 here"
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
 
 
 class DigitCLI(LightningCLI):
-    """LightningCLI for DigitClassifier on MNISTDataModule."""
+    """LightningCLI for DigitClassifier on MNISTDataModule.
 
-    def __init__(self, args: ArgsType = None) -> None:
+    Args:
+        args: the subcommand (fit, validate or test) and its flags.
+    """
+
+    def __init__(self, args: list[str]) -> None:
+        self.checkpoint: Path | None = None
+        self.run_dir: Path | None = None  # of the checkpoint, when it lies in a run's folder
         super().__init__(
             DigitClassifier,
             MNISTDataModule,
             args=args,
+            parser_class=DigitParser,
+            auto_configure_optimizers=False,
             seed_everything_default=42,
             trainer_defaults={
                 "max_epochs": 200,
-                "log_every_n_steps": 10**9,  # once an epoch is enough; each step would cost more than it tells
                 "num_sanity_val_steps": 0,
                 "logger": {
                     "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
                     "init_args": {"save_dir": str(LOG_DIR), "name": "digitnet", "default_hp_metric": False},
                 },
-                "callbacks": [
-                    SeedEachEpoch(),
-                    Throughput(),
-                    LearningRateMonitor(logging_interval="epoch"),
-                    HyperparameterSummary(),
-                    RestoreBestWeights(),
-                ],
             },
+            parser_kwargs={name: {"description": text} for name, text in DESCRIPTIONS.items()},
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(EarlyStopping, "early_stopping")
         parser.add_lightning_class_args(ModelCheckpoint, "best_checkpoint")
         parser.add_lightning_class_args(ModelCheckpoint, "last_checkpoint")
-        shared = {"auto_insert_metric_name": False, "enable_version_counter": False}
-        defaults: dict[str, dict[str, Any]] = {
-            "early_stopping": {"monitor": "val/acc", "mode": "max", "patience": 10},
-            "best_checkpoint": {
-                "monitor": "val/acc", "mode": "max", "filename": "best", "save_weights_only": True, **shared,
-            },
-            "last_checkpoint": {"filename": "last", "save_on_train_epoch_end": True, **shared},
-        }  # fmt: skip
-        parser.set_defaults({f"{key}.{name}": value for key, args in defaults.items() for name, value in args.items()})
+        ours = {"auto_insert_metric_name": False, "enable_version_counter": False}
+        best = {"monitor": "val/acc", "mode": "max", "filename": "best", "save_weights_only": True, **ours}
+        # Not ModelCheckpoint's save_last: that one is written only when a best one is.
+        last = {"filename": "last", "save_on_train_epoch_end": True, **ours}
+        # Not strict: a run cut short by max_steps has no validation accuracy, and should still end well.
+        stop = {"monitor": "val/acc", "mode": "max", "patience": 10, "strict": False}
+        for key, defaults in (("early_stopping", stop), ("best_checkpoint", best), ("last_checkpoint", last)):
+            parser.set_defaults({f"{key}.{name}": value for name, value in defaults.items()})
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        return {name: args for name, args in LightningCLI.subcommands().items() if name != "predict"}
+        return {name: skip for name, skip in LightningCLI.subcommands().items() if name in DESCRIPTIONS}
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Put the settings of the checkpoint's run before what was typed, as if typed first."""
+        subcommand, *flags = args
+        finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        finder.add_argument("--ckpt_path", default=None if subcommand == "fit" else "best")
+        ckpt_path = finder.parse_known_args(flags)[0].ckpt_path
+        if ckpt_path is not None and not {"-h", "--help"} & set(flags):
+            self.checkpoint = find_newest(f"{ckpt_path}.ckpt") if ckpt_path in ("best", "last") else Path(ckpt_path)
+            verify_checkpoint(self.checkpoint)
+            self.run_dir = find_run(self.checkpoint)
+            if self.run_dir:
+                flags = ["--config", str(self.run_dir / "config.yaml"), *flags]
+            flags += ["--ckpt_path", str(self.checkpoint)]
+            rank_zero_info(f"{subcommand}: {self.checkpoint}")
+        self.config = parser.parse_args([subcommand, *flags])
+
+    def _parse_ckpt_path(self) -> None:
+        # Lightning would let the checkpoint's hyper-parameters override flags; the run's config.yaml has them already.
+        if self.run_dir is None:
+            super()._parse_ckpt_path()
 
     def before_instantiate_classes(self) -> None:
         trainer = self.config[self.subcommand].trainer
         if trainer.precision is None:
             trainer.precision, reason = choose_precision(trainer.accelerator)
             rank_zero_info(f"precision {trainer.precision}: {reason} (--trainer.precision overrides)")
+        if self.subcommand != "fit":
+            trainer.logger = False
+        elif self.run_dir and trainer.logger:
+            name, version = self.run_dir.parent.name, self.run_dir.name
+            for key, value in (("save_dir", self.run_dir.parent.parent), ("name", name), ("version", version)):
+                trainer.logger.init_args[key] = str(value)
+        if self.subcommand != "fit" or self.run_dir:
+            self.save_config_callback = None
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        settings = self._get(self.config_init, "trainer")
+        callbacks = list(settings.callbacks or [])
+        watched = sys.stdout.isatty() and settings.enable_progress_bar is not False
+        if watched:
+            callbacks.append(TQDMProgressBar(leave=True))
+        kwargs["enable_progress_bar"] = watched
+        if self.subcommand == "fit":
+            callbacks += [self._get(self.config_init, key) for key in self._parser("fit").callback_keys]
+            callbacks += [SeedEachEpoch(), Throughput(), HyperparameterSummary(), RestoreBestWeights(), ResumeHint()]
+            if settings.logger is not False:
+                callbacks.append(LearningRateMonitor(logging_interval="epoch"))
+            if not watched:
+                callbacks.append(PrintEpochs())
+        else:
+            assert self.checkpoint is not None
+            callbacks.append(WriteScores(self.checkpoint, self.run_dir))
+        return self._instantiate_trainer({**settings, "callbacks": callbacks, **kwargs}, [])
+
+    def fit(self, model: DigitClassifier, **kwargs: Any) -> None:
+        # Data and log folder first: where either is wrong, no half-made run is left behind.
+        self.datamodule.setup("fit")
+        for logger in self.trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                verify_writable(Path(logger.log_dir))
+        try:
+            self.trainer.fit(model, **kwargs)
+        except SystemExit:  # how Lightning ends after Ctrl-C
+            if self.trainer.interrupted:
+                sys.exit(130)
+            raise
+
+    def validate(self, model: DigitClassifier, **kwargs: Any) -> None:
+        self.trainer.validate(model, **{**kwargs, "verbose": False, "weights_only": True})
+
+    def test(self, model: DigitClassifier, **kwargs: Any) -> None:
+        self.trainer.test(model, **{**kwargs, "verbose": False, "weights_only": True})
 
 
-def main(args: list[str] | None = None) -> None:
-    DigitCLI(args)
+def verify_writable(folder: Path) -> None:
+    """Raise OSError unless files can be made in a folder, which is created if need be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"cannot write to {folder} ({os.strerror(error.errno or 0)}); "
+            "name another place with --trainer.logger.save_dir"
+        ) from error
+
+
+def main(args: list[str]) -> DigitCLI:
+    """Run ``fit``, ``validate`` or ``test``.
+
+    Args:
+        args: the subcommand and its flags.
+
+    Returns:
+        The command line after its work, with its ``model`` and ``trainer``.
+
+    Raises:
+        ValueError, OSError: a setting, a file or the data is wrong; one line says which and what to do.
+    """
+    # Not for our users: data in memory needs no workers, a model summary needs no bfloat16, and advertisements.
+    warnings.filterwarnings("ignore", message=".*does not have many workers")
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # going on with a run
+    warnings.filterwarnings("ignore", message="Precision .* is not supported by the model summary")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="The number of training batches .* is smaller than the logging interval")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "Tip:" not in record.getMessage()
+    )
+    try:
+        return DigitCLI(args)
+    except MisconfigurationException as error:
+        raise ValueError(str(error)) from error

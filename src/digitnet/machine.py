@@ -1,0 +1,55 @@
+"""What this machine is: its fast precision, its hardware, the versions that run on it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+import digitnet
+
+CPUINFO = Path("/proc/cpuinfo")
+
+
+def choose_precision(accelerator: str = "auto") -> tuple[str, str]:
+    """The fastest precision that trains as well as float32 here: bfloat16 where the hardware multiplies it natively.
+
+    Elsewhere bfloat16 is slower than float32.
+
+    Args:
+        accelerator: as Lightning's Trainer takes it: "auto", "cpu", "gpu", "cuda", "mps".
+
+    Returns:
+        A precision for the Trainer, and the reason, to print.
+    """
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        native = major >= 8
+        return "bf16-mixed" if native else "32-true", f"CUDA capability {major}.{minor}"
+    if accelerator in ("gpu", "mps") or (accelerator == "auto" and torch.backends.mps.is_available()):
+        return "32-true", "no CUDA device"
+    flags = set(CPUINFO.read_text().split()) if CPUINFO.exists() else set()
+    found = sorted(flags & {"avx512_bf16", "amx_bf16"})
+    if accelerator in ("auto", "cpu") and found:
+        return "bf16-mixed", f"this CPU has {' and '.join(found)}"
+    return "32-true", "no native bfloat16 here"
+
+
+def describe_hardware() -> str:
+    """One line: the processor, the cores PyTorch may use, and the GPU if there is one."""
+    match = re.search(r"model name\s*:\s*(.+)", CPUINFO.read_text()) if CPUINFO.exists() else None
+    name = match[1].strip() if match else platform.processor() or platform.machine()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{name}, {cores} cores{gpu}"
+
+
+def list_versions() -> dict[str, str]:
+    """Version of Python and of each package that a result depends on."""
+    packages = ("torch", "torchvision", "lightning", "torchmetrics", "scikit-learn", "numpy")
+    own = {"python": platform.python_version(), "digitnet": digitnet.__version__}
+    return own | {package: version(package) for package in packages}

@@ -1,0 +1,192 @@
+"""What the data look like before any training: samples, class balance, augmentation, means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+from digitnet import figures
+from digitnet.augment import RandomAffine
+from digitnet.data import MNISTDataModule
+from digitnet.errors import to_one_line
+from digitnet.study.page import render_page, write_file
+
+NUM_DRAWS = 8
+# Source: the write-up's Keras layers, RandomRotation(0.05) and RandomTranslation(0.1, 0.1).
+WRITEUP_PREVIEWS = {  # name: (heading, title of the figure, what to draw)
+    "rotation": ("Rotation alone", "Rotation by up to ±18°", RandomAffine(rotation_deg=18.0, shift_frac=0.0)),
+    "shift": ("Shift alone", "Shift by up to ±10 % each way", RandomAffine(rotation_deg=0.0, shift_frac=0.1)),
+    "rotation_and_shift": (
+        "Both",
+        "Rotation by up to ±18°, then shift by up to ±10 %",
+        RandomAffine(rotation_deg=18.0, shift_frac=0.1),
+    ),
+}
+
+
+class Picture(NamedTuple):
+    """A figure and the words around it on the page."""
+
+    name: str
+    heading: str
+    figure: Figure
+    alt: str
+    caption: str
+
+
+def explore(config: Path | None = None, folder: Path = Path("explore"), seed: int = 42) -> None:
+    """Picture the data: first digits, class balance, augmentation, mean images; as PNG, SVG and one page.
+
+    Args:
+        config: a config of fit (or the config.yaml of a run), whose data and augmentation to picture; by default MNIST
+            with the write-up's split and augmentation.
+        folder: where the pictures and their contact page, index.html, are written; made if it is not there.
+        seed: starts the random draws of the previews.
+
+    Raises:
+        ValueError: the config cannot be used, or its split does not fit its data.
+        OSError: the config or the data cannot be read, or the folder cannot be written.
+    """
+    module = load_data_module(read_config(config)) if config else MNISTDataModule(augmentation=RandomAffine())
+    pictures = draw_pictures(module, seed)
+    for picture in pictures:
+        write_file(folder / f"{picture.name}.png", figures.render(picture.figure, "png", dpi=200))
+        write_file(folder / f"{picture.name}.svg", figures.render(picture.figure, "svg"))
+    train, val, test = module.split
+    page = render_page(
+        "explore.html",
+        source=module.source,
+        lead=f"{sum(module.split):,} images in order: {train:,} to train on, {val:,} to validate, {test:,} to test.",
+        pictures=pictures,
+        command="python -m digitnet explore" + (f" --config {config}" if config else ""),
+    )
+    write_file(folder / "index.html", page)
+    print(f"{folder / 'index.html'}: {len(pictures)} figures of {module.source}, each as PNG and SVG")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The YAML of a fit config or of a run's config.yaml.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no YAML, or has no keys.
+    """
+    import yaml
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such config")
+    try:
+        config = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML: {to_one_line(str(error))}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is no config: it has no keys such as data or model")
+    return config
+
+
+def load_data_module(config: dict[str, Any]) -> MNISTDataModule:
+    """The data module that a config's ``data`` section describes, built as ``fit`` builds it.
+
+    Raises:
+        ValueError: an unknown key, a wrong type, or an augmentation that cannot be made.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(MNISTDataModule, "data")
+    try:
+        settings = config.get("data") or {}
+        if not isinstance(settings, dict):
+            raise ValueError(f"{settings!r} where keys such as source and split are expected")
+        module = parser.instantiate(parser.parse_object({"data": settings})).data
+    except (ArgumentError, ValueError) as error:
+        raise ValueError(f"the config's data section: {to_one_line(str(error))}") from error
+    assert isinstance(module, MNISTDataModule)
+    return module
+
+
+def draw_pictures(module: MNISTDataModule, seed: int) -> list[Picture]:
+    """Every figure of the data, in the order of the page."""
+    module.setup("fit")
+    splits = {
+        name: (dataset.images[:, 0].numpy(), dataset.labels.numpy())
+        for name, dataset in zip(("training", "validation", "test"), module.datasets, strict=True)
+    }
+    images, labels = splits["training"]
+    counts = {name: np.bincount(split_labels, minlength=10) for name, (_, split_labels) in splits.items()}
+    shares = counts["training"] / len(labels)
+    pictures = [
+        Picture(
+            "first_digits", "The first 25 digits", figures.draw_digits(images, labels),
+            f"The first digits in a grid, labelled {', '.join(map(str, labels[:25]))}.",
+            "The start of the training set, each digit under its label.",
+        ),
+        Picture(
+            "class_counts", "How many of each digit", figures.draw_class_balance(counts),
+            "Bars of the number of images of each digit, for training, validation and test.",
+            f"In the training set the rarest digit, {shares.argmin()}, has {100 * shares.min():.1f} % of the images, "
+            f"the commonest, {shares.argmax()}, {100 * shares.max():.1f} %.",
+        ),
+    ]  # fmt: skip
+    originals = np.stack([images[np.flatnonzero(labels == digit)[0]] for digit in range(10) if digit in labels])
+    previews: dict[str, tuple[str, str, nn.Module]] = dict(WRITEUP_PREVIEWS)
+    chosen = module.augmentation
+    if chosen is not None and all(repr(chosen) != repr(transform) for *_, transform in previews.values()):
+        previews["augmentation"] = ("The config's own", "The augmentation that the config names", chosen)
+    for name, (heading, title, transform) in previews.items():
+        draws = draw_augmented(transform, originals, NUM_DRAWS, seed)
+        used = "This is what the config trains with" if repr(transform) == repr(chosen) else ""
+        if name == "augmentation":
+            used += f": {' '.join(repr(transform).split())}"
+        pictures.append(
+            Picture(
+                name,
+                heading,
+                figures.draw_augmentation(originals, draws, title),
+                f"{title}: each digit beside {NUM_DRAWS} random draws.",
+                f"The original on the left, {NUM_DRAWS} random draws beside it.{f' {used}.' if used else ''}",
+            )
+        )
+    pictures.append(
+        Picture(
+            "class_means",
+            "Mean and spread",
+            figures.draw_class_means(images, labels),
+            "For each digit the mean of its training images, and the standard deviation of each pixel.",
+            "Where a mean is sharp people agree; where the spread is dark they write differently.",
+        )
+    )
+    return pictures
+
+
+def draw_augmented(augmentation: nn.Module, originals: np.ndarray, num_draws: int, seed: int) -> np.ndarray:
+    """Augment each image several times, all in one batch, as in training.
+
+    Args:
+        augmentation: from images (B, 1, 28, 28) uint8 to images; uint8, or floating point in [0, 1].
+        originals: (R, 28, 28) uint8.
+        num_draws: D, draws of each.
+        seed: of the draws; the generators of the caller are left as they were.
+
+    Returns:
+        (R, D, 28, 28), levels in [0, 255].
+
+    Raises:
+        ValueError: images come back in another shape.
+    """
+    batch = torch.from_numpy(originals).repeat_interleave(num_draws, dim=0)[:, None]  # (R * D, 1, 28, 28)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        augmented = augmentation(batch)
+    if augmented.shape != batch.shape:
+        raise ValueError(
+            f"data.augmentation turned images {tuple(batch.shape)} into {tuple(augmented.shape)}; the shape must stay"
+        )
+    levels = augmented * 255 if augmented.is_floating_point() else augmented
+    preview: np.ndarray = levels.numpy().reshape(len(originals), num_draws, 28, 28)
+    return preview

@@ -1,0 +1,483 @@
+"""How good a run is: one self-contained page from what its folder holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from digitnet import figures
+from digitnet.data import Digits, fetch_digits, verify_mnist
+from digitnet.figures import Array, History
+from digitnet.study.explore import load_data_module, read_config
+from digitnet.study.page import embed_digit, embed_png, render_page, write_file
+
+LOG_DIR = Path("lightning_logs")
+MAX_CARDS = 400  # mistakes on the page, about 400 bytes each; a hopeless network makes thousands
+NUM_LEAST_SURE = 24
+
+# Position among the 10,000 classic test images -> what people see (None: no digit), where the label says otherwise.
+# Source: human raters of Northcutt et al. 2021, "Pervasive Label Errors in Test Sets Destabilize Machine Learning
+# Benchmarks" (cleanlab).
+KNOWN_WRONG = {
+    947: 9, 1621: 6, 1901: 4, 2462: 0, 2597: 3, 3558: 0, 5937: 3, 6651: 6, 6783: 6, 9729: 6,
+    2654: None, 3520: None, 9679: None,
+}  # fmt: skip
+CLASSIC_TEST_START = 60_000  # where they begin in mnist_784
+
+# Network, distortions, error in % on the 10,000, source. Source: LeCun, Cortes and Burges, "The MNIST database".
+LECUN_TABLE = [
+    ("LeNet-1", "none", "1.7", "LeCun et al. 1998"),
+    ("LeNet-4", "none", "1.1", "LeCun et al. 1998"),
+    ("LeNet-4 with K-NN instead of last layer", "none", "1.1", "LeCun et al. 1998"),
+    ("LeNet-4 with local learning instead of last layer", "none", "1.1", "LeCun et al. 1998"),
+    ("LeNet-5", "none", "0.95", "LeCun et al. 1998"),
+    ("LeNet-5", "huge", "0.85", "LeCun et al. 1998"),
+    ("LeNet-5", "yes", "0.8", "LeCun et al. 1998"),
+    ("Boosted LeNet-4", "yes", "0.7", "LeCun et al. 1998"),
+    ("Trainable feature extractor + SVMs", "none", "0.83", "Lauer et al. 2007"),
+    ("Trainable feature extractor + SVMs", "elastic", "0.56", "Lauer et al. 2007"),
+    ("Trainable feature extractor + SVMs", "affine", "0.54", "Lauer et al. 2007"),
+    ("Unsupervised sparse features + SVM", "none", "0.59", "Labusch et al. 2008"),
+    ("Convolutional net, cross-entropy", "affine", "0.6", "Simard et al. 2003"),
+    ("Convolutional net, cross-entropy", "elastic", "0.4", "Simard et al. 2003"),
+    ("Large conv. net, random features", "none", "0.89", "Ranzato et al. 2007"),
+    ("Large conv. net, unsupervised features", "none", "0.62", "Ranzato et al. 2007"),
+    ("Large conv. net, unsupervised pretraining", "none", "0.60", "Ranzato et al. 2006"),
+    ("Large conv. net, unsupervised pretraining", "elastic", "0.39", "Ranzato et al. 2006"),
+    ("Large conv. net, unsupervised pretraining", "none", "0.53", "Jarrett et al. 2009"),
+    ("Large/deep conv. net, 1-20-40-60-80-100-120-120-10", "elastic", "0.35", "Ciresan et al. 2011"),
+    ("Committee of 7 conv. nets", "elastic", "0.27 ± 0.02", "Ciresan et al. 2011"),
+    ("Committee of 35 conv. nets", "elastic", "0.23", "Ciresan et al. 2012"),
+]
+WRITEUP_ERRORS = 22  # of the last 5,000
+
+
+class Results(NamedTuple):
+    """What the network said of each test image, (N,) each; images (N, 28, 28)."""
+
+    indices: Array  # position in the whole data set
+    images: Array
+    labels: Array
+    predictions: Array
+    confidences: Array
+
+    @property
+    def correct(self) -> Array:
+        """(N,) bool."""
+        correct: Array = self.labels == self.predictions
+        return correct
+
+
+def report(run: Path | None = None) -> None:
+    """Write <run>/report/report.html and its figures for a run that has been tested.
+
+    Args:
+        run: the run's folder, such as lightning_logs/final/version_0; by default the one tested last.
+
+    Raises:
+        FileNotFoundError: there is no such run, or it has not been tested yet.
+        ValueError: what the test left is damaged, or is not about the run's data.
+    """
+    run = find_tested_run() if run is None else run
+    metrics = load_metrics(run)
+    predictions = load_predictions(run, int(metrics["num_images"]))
+    config = read_config(run / "config.yaml")
+    module = load_data_module(config)
+    digits = fetch_digits(str(metrics.get("dataset") or module.source), module.data_dir)
+    results = match_predictions(run, predictions, digits, int(metrics["num_errors"]))
+    history = load_history(run)
+    page, charts = build_report(run, metrics, config, results, history, is_mnist=_is_mnist(digits))
+    for name, png in charts.items():
+        write_file(run / "report" / f"{name}.png", png)
+    write_file(run / "report" / "report.html", page)
+    num_errors, num_images = int((~results.correct).sum()), len(results.labels)
+    print(f"{run / 'report' / 'report.html'}: accuracy {_accuracy(num_errors, num_images)}, "
+          f"{num_errors:,} mistakes in {num_images:,} images")  # fmt: skip
+
+
+# --- what a run's folder holds ----------------------------------------------------------------------------------------
+
+
+def find_tested_run(log_dir: Path = LOG_DIR) -> Path:
+    """The run whose test was written last.
+
+    Raises:
+        FileNotFoundError: no run has been tested.
+    """
+    tested = sorted(log_dir.glob("**/report/metrics.json"), key=lambda path: path.stat().st_mtime)
+    if not tested:
+        raise FileNotFoundError(f"no run under {log_dir} has been tested yet; type: python -m digitnet test")
+    return tested[-1].parent.parent
+
+
+def load_metrics(run: Path) -> dict[str, Any]:
+    """What ``test`` measured: ``<run>/report/metrics.json``.
+
+    Raises:
+        FileNotFoundError: no such run, or no test yet.
+        ValueError: damaged, or without the number of images and mistakes.
+    """
+    path = run / "report" / "metrics.json"
+    if not run.is_dir():
+        raise FileNotFoundError(
+            f"{run}: no such run; give the folder of one, such as {LOG_DIR / 'final' / 'version_0'}"
+        )
+    if not path.exists():
+        if not list(run.glob("checkpoints/*.ckpt")):
+            raise FileNotFoundError(
+                f"{run} is no trained run: it has no checkpoints; "
+                "train one first: python -m digitnet fit --config configs/final.yaml"
+            )
+        raise FileNotFoundError(f"{run} has not been tested yet; type: {_test_command(run)}")
+    try:
+        metrics = json.loads(path.read_text())
+        {key: int(metrics[key]) for key in ("num_images", "num_errors")}
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} is damaged ({reason}); test again: {_test_command(run)}") from error
+    return dict(metrics)
+
+
+def load_predictions(run: Path, num_images: int) -> dict[str, Array]:
+    """What the network said of each test image: the columns of ``<run>/report/predictions.csv``, (N,) each.
+
+    Args:
+        run: its folder.
+        num_images: how many rows there must be.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged.
+    """
+    import pandas as pd
+
+    path = run / "report" / "predictions.csv"
+    types = {"index": int, "label": int, "prediction": int, "confidence": float}
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing; test again: {_test_command(run)}")
+    try:
+        table = pd.read_csv(path, usecols=list(types), dtype=types)
+        columns = {name: table[name].to_numpy() for name in types}
+        if len(table) != num_images or num_images == 0:
+            raise ValueError(f"{len(table):,} rows, where metrics.json counts {num_images:,} images")
+        if not np.isin(columns["prediction"], range(10)).all() or not table["confidence"].between(0, 1).all():
+            raise ValueError("predictions must be digits, and confidences lie in [0, 1]")
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is damaged ({reason}); test again: {_test_command(run)}") from error
+    return columns
+
+
+def match_predictions(run: Path, predictions: dict[str, Array], digits: Digits, num_errors: int) -> Results:
+    """Put the predictions beside the images they are about.
+
+    Args:
+        run: its folder, to name it.
+        predictions: what ``load_predictions`` returned.
+        digits: the run's whole data set.
+        num_errors: how many mistakes there must be.
+
+    Raises:
+        ValueError: the predictions are not about these digits, or not those that were counted.
+    """
+    indices, labels, predicted, confidences = predictions.values()
+    fault = ""
+    if indices.min() < 0 or indices.max() >= len(digits.labels) or len(np.unique(indices)) != len(indices):
+        fault = f"its indices repeat, or lie outside the {len(digits.labels):,} images of the run's data"
+    elif not np.array_equal(labels, digits.labels[indices]):
+        fault = "its labels are not those of the run's data"
+    elif (found := int((labels != predicted).sum())) != num_errors:
+        fault = f"it has {found:,} mistakes, where metrics.json counts {num_errors:,}"
+    if fault:
+        raise ValueError(f"{run / 'report' / 'predictions.csv'}: {fault}; test again: {_test_command(run)}")
+    return Results(indices, digits.images[indices], labels, predicted, confidences)
+
+
+def load_history(run: Path) -> History | None:
+    """Loss and accuracy of each epoch from a run's TensorBoard events; None where there are none.
+
+    An epoch that was begun again after a stop counts as it ran last.
+    """
+    from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+
+    events = EventAccumulator(str(run), size_guidance={SCALARS: 0})  # 0: every one
+    events.Reload()
+    tags = ("train/loss", "train/acc", "val/loss", "val/acc")
+    if not {"epoch", *tags} <= set(events.Tags()["scalars"]):
+        return None
+    epoch_of_step = {event.step: round(event.value) for event in events.Scalars("epoch")}
+    series = [
+        {epoch_of_step[event.step]: event.value for event in events.Scalars(tag) if event.step in epoch_of_step}
+        for tag in tags
+    ]
+    epochs = sorted(set.intersection(*(set(values) for values in series)))
+    if not epochs:
+        return None
+    return History(np.array(epochs) + 1, *(np.array([values[epoch] for epoch in epochs]) for values in series))
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def build_report(
+    run: Path,
+    metrics: dict[str, Any],
+    config: dict[str, Any],
+    results: Results,
+    history: History | None,
+    *,
+    is_mnist: bool,
+) -> tuple[bytes, dict[str, bytes]]:
+    """The page, and the PNGs of its figures by name.
+
+    Args:
+        run: its folder, to name it.
+        metrics: what ``load_metrics`` returned.
+        config: the run's settings.
+        results: what ``match_predictions`` returned.
+        history: what ``load_history`` returned.
+        is_mnist: whether the data are mnist_784, about which published figures and wrong labels are known.
+    """
+    from sklearn.metrics import precision_recall_fscore_support
+
+    indices, images, labels, predictions, confidences = results
+    num_images, num_errors = len(labels), int((~results.correct).sum())
+    seen = _find_known_wrong(indices) if is_mnist else {}
+    known_wrong = np.isin(np.arange(num_images), list(seen))
+    scores = precision_recall_fscore_support(labels, predictions, labels=range(10), zero_division=np.nan)
+    bins = figures.bin_reliability(confidences, results.correct)
+    drawn = {
+        "confusion": figures.draw_confusion(labels, predictions),
+        "mistakes": figures.draw_mistakes(images, labels, predictions, confidences, known_wrong),
+        "confused_pair": figures.draw_confused_pair(images, labels, predictions, confidences),
+        "class_scores": figures.draw_class_scores(*scores[:3]),
+        "reliability": figures.draw_reliability(confidences, results.correct),
+        "least_sure": figures.draw_least_sure(images, labels, predictions, confidences, NUM_LEAST_SURE),
+    }
+    best = 0
+    if history is not None:
+        best = _find_best_epoch(history, config)
+        drawn["history"] = figures.draw_history(history, best)
+    charts = {name: figures.render(figure) for name, figure in drawn.items()}
+    wrong = np.flatnonzero(~results.correct)
+    wrong = wrong[np.argsort(-confidences[wrong], kind="stable")]
+    unsure = np.argsort(confidences, kind="stable")[:NUM_LEAST_SURE]
+    page = render_page(
+        "report.html",
+        run=run.as_posix(),
+        data=f"{num_images:,} test images ({'MNIST' if is_mnist else metrics.get('dataset', 'your own')})",
+        accuracy=_accuracy(num_errors, num_images),
+        interval=_interval(num_errors, num_images),
+        num_errors=num_errors,
+        num_images=num_images,
+        ece=f"{100 * bins.ece:.2f} %",
+        num_bins=figures.NUM_BINS,
+        facts=_list_facts(metrics, config, history),
+        charts={name: embed_png(png) for name, png in charts.items()},
+        history=_tell_history(history, best) if history is not None else None,
+        confusion_alt=_describe_confusions(labels, predictions),
+        mistakes=[_card(results, i, seen) for i in wrong[:MAX_CARDS]],
+        known_wrong=_tell_known_wrong(results, wrong, seen),
+        pair=_tell_pair(results, is_mnist=is_mnist),
+        classes=[
+            {
+                "digit": digit,
+                "num_images": f"{scores[3][digit]:,}",
+                **{name: _score(scores[k][digit]) for k, name in enumerate(("precision", "recall", "f1"))},
+            }
+            for digit in range(10)
+        ],
+        reliability_alt=f"Accuracy against confidence in {figures.NUM_BINS} bins above a histogram of the confidence; "
+        f"expected calibration error {100 * bins.ece:.2f} %, {bins.counts[-1]:,} images in the top bin.",
+        least_sure=[_card(results, i, seen, mark_mistakes=True) for i in unsure],
+        comparison=_compare(results, config) if is_mnist else None,
+    )
+    return page, charts
+
+
+def _list_facts(metrics: dict[str, Any], config: dict[str, Any], history: History | None) -> list[tuple[str, str]]:
+    """The rows of the table below the headline; what the metrics do not name is left out."""
+    checkpoint = str(metrics.get("checkpoint", ""))
+    if isinstance(metrics.get("epoch"), int):
+        checkpoint += f", after epoch {metrics['epoch'] + 1}"  # Lightning counts from 0
+    told = {
+        "Data": metrics.get("dataset"),
+        "Split": metrics.get("split"),
+        "Trained": f"{len(history.epochs)} epochs" if history is not None else None,
+        "Checkpoint": checkpoint,
+        "Test loss": metrics.get("loss"),
+        "Seed": metrics.get("seed", config.get("seed_everything")),
+        "Precision": metrics.get("precision"),
+        "Scored on": metrics.get("hardware"),
+        "Versions": metrics.get("versions"),
+        "Date": metrics.get("date"),
+        "Command": metrics.get("command"),
+        "Config SHA-256": metrics.get("config_sha256"),
+    }
+    return [(name, _tell(value)) for name, value in told.items() if value not in (None, "")]
+
+
+def _tell(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_tell(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return " / ".join(f"{item:,}" if isinstance(item, int) else _tell(item) for item in value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _find_best_epoch(history: History, config: dict[str, Any]) -> int:
+    """Position of the epoch whose checkpoint was kept: the first best of what the run's config monitors."""
+    kept = config.get("best_checkpoint") or {}
+    monitored = str(kept.get("monitor")).replace("/", "_")
+    field = monitored if monitored in History._fields else "val_acc"
+    values = getattr(history, field)
+    return int(values.argmin() if field.endswith("loss") else values.argmax())
+
+
+def _tell_history(history: History, best: int) -> dict[str, str]:
+    epoch, last = int(history.epochs[best]), int(history.epochs[-1])
+    text = (
+        f"The best epoch was {epoch} of {last}: validation accuracy {100 * history.val_acc[best]:.2f} %, loss "
+        f"{history.val_loss[best]:.4f}; training accuracy {100 * history.train_acc[best]:.2f} %, loss "
+        f"{history.train_loss[best]:.4f}. Its weights were kept."
+    )
+    alt = f"Loss and accuracy of training and validation over {last} epochs; the best, {epoch}, is marked."
+    return {"text": text, "alt": alt}
+
+
+def _card(results: Results, i: int, seen: dict[int, int | None], *, mark_mistakes: bool = False) -> dict[str, Any]:
+    """One image for the page. What is marked: a wrong label, and where not all of them are mistakes, a mistake."""
+    actual, predicted = int(results.labels[i]), int(results.predictions[i])
+    confidence = figures.format_percent(float(results.confidences[i]))
+    mark = "mistake" if mark_mistakes and actual != predicted else ""
+    if i in seen:
+        mark = f"label wrong: {'no digit' if seen[i] is None else seen[i]}"
+    return {
+        "picture": embed_digit(results.images[i]),
+        "title": f"{actual} / {predicted}",
+        "confidence": confidence,
+        "index": int(results.indices[i]),
+        "mark": mark,
+        "alt": f"Labelled {actual}, read as {predicted} with {confidence} confidence.",
+    }
+
+
+def _find_known_wrong(indices: Array) -> dict[int, int | None]:
+    """Row of the results -> what people see, for the images whose label is known to be wrong."""
+    seen = {CLASSIC_TEST_START + position: digit for position, digit in KNOWN_WRONG.items()}
+    return {row: seen[index] for row, index in enumerate(indices.tolist()) if index in seen}
+
+
+def _tell_known_wrong(results: Results, wrong: Array, seen: dict[int, int | None]) -> str:
+    marked = [i for i in wrong.tolist() if i in seen]
+    if not marked:
+        return ""
+    agreed = sum(seen[i] == results.predictions[i] for i in marked)
+    return (
+        f"{len(marked)} of these {len(wrong):,} images carry a label that people, shown the image, found wrong "
+        f"(Northcutt et al. 2021); in {agreed} of them the network read what the people saw."
+    )
+
+
+def _describe_confusions(labels: Array, predictions: Array) -> str:
+    counts = figures.count_confusions(labels, predictions)
+    np.fill_diagonal(counts, 0)
+    commonest = np.argsort(-counts, axis=None, kind="stable")[:3]
+    told = [f"{k // 10} read as {k % 10}: {counts.flat[k]:,}" for k in commonest.tolist() if counts.flat[k]]
+    return f"Confusion matrix of {len(labels):,} images. " + (
+        f"The commonest confusions are {'; '.join(told)}." if told else "No confusions."
+    )
+
+
+def _tell_pair(results: Results, *, is_mnist: bool) -> dict[str, str] | None:
+    counts = figures.count_confusions(results.labels, results.predictions)
+    pair = figures.find_confused_pair(counts)
+    if pair is None:
+        return None
+    actual, predicted = pair
+    text = (
+        f"Most often it read {actual} as {predicted}: {counts[actual, predicted]:,} of {counts[actual].sum():,} images "
+        f"of {actual}. The other way round: {counts[predicted, actual]:,}."
+    )
+    if is_mnist:
+        text += (
+            " The write-up's commonest, on the last 5,000 test images, was 7 read as 2: 5 of its 22 mistakes. "
+            f"Of those this run made {counts[7, 2]:,}."
+        )
+    return {"text": text, "alt": f"Images of {actual} read as {predicted}, above both digits read rightly."}
+
+
+def _compare(results: Results, config: dict[str, Any]) -> dict[str, Any]:
+    """The write-up's figure and LeCun's table beside ours, each on the images it was scored on."""
+    is_wrong = {int(index): not right for index, right in zip(results.indices, results.correct, strict=True)}
+
+    def count_errors(start: int) -> tuple[int, int] | None:
+        """Mistakes and images from the classic test image ``start`` to the last; None where not all were scored."""
+        wanted = range(CLASSIC_TEST_START + start, CLASSIC_TEST_START + 10_000)
+        return (sum(is_wrong[i] for i in wanted), len(wanted)) if all(i in is_wrong for i in wanted) else None
+
+    whole, last = count_errors(0), count_errors(5_000)
+    easy = [_row("The write-up (Keras)", "affine", WRITEUP_ERRORS, 5_000)]
+    full = [
+        dict(zip(("network", "distortions", "error", "source"), row, strict=True), ours=False) for row in LECUN_TABLE
+    ]
+    augmentation = (config.get("data") or {}).get("augmentation") or {}
+    distortions = str(augmentation.get("class_path", "none")).rpartition(".")[2]
+    for rows, counted in ((easy, last), (full, whole)):
+        if counted:
+            rows.insert(0, _row("This run", distortions, *counted, ours=True))
+    notes = []
+    if last:
+        notes.append(
+            f"On the last 5,000 the write-up made {WRITEUP_ERRORS} mistakes (95 % interval of its accuracy "
+            f"{_interval(WRITEUP_ERRORS, 5_000)}), this run {last[0]:,} ({_interval(*last)})."
+        )
+    if not whole:
+        notes.append(
+            "This run was not scored on all 10,000, so it has no row among LeCun's; "
+            "one trained with --data.split '[55000, 5000, 10000]' has."
+        )
+    groups = [
+        {"title": "Scored on the last 5,000 test images, the easy half", "rows": easy},
+        {"title": "Scored on all 10,000 test images", "rows": full},
+    ]
+    return {"notes": " ".join(notes), "groups": groups}
+
+
+def _row(network: str, distortions: str, num_errors: int, num_images: int, *, ours: bool = False) -> dict[str, Any]:
+    source = f"{num_errors:,} mistakes in {num_images:,}"
+    return {
+        "network": network,
+        "distortions": distortions,
+        "error": f"{100 * num_errors / num_images:.2f}",
+        "source": source,
+        "ours": ours,
+    }
+
+
+def _accuracy(num_errors: int, num_images: int) -> str:
+    return f"{100 * (1 - num_errors / num_images):.2f}\u00a0%"
+
+
+def _interval(num_errors: int, num_images: int) -> str:
+    low, high = figures.wilson_interval(num_images - num_errors, num_images)
+    return f"{100 * low:.2f} to {100 * high:.2f}\u00a0%"
+
+
+def _score(value: float) -> str:
+    return "-" if np.isnan(value) else f"{value:.4f}"
+
+
+def _test_command(run: Path) -> str:
+    return f"python -m digitnet test --ckpt_path {run / 'checkpoints' / 'best.ckpt'}"
+
+
+def _is_mnist(digits: Digits) -> bool:
+    try:
+        verify_mnist(digits)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,67 @@
+"""Fixtures shared by the tests. Nothing here needs the network or a GPU."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ["KERAS_BACKEND"] = "torch"  # before anything imports Keras
+
+ROOT = Path(__file__).parent.parent
+QUICKSTART = ROOT / "configs" / "quickstart.yaml"
+Run = Callable[..., int]
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that opens a connection to another machine fails."""
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address: object) -> None:
+        if isinstance(address, tuple) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise AssertionError(f"a test tried to reach {address}")
+        connect(self, address)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def digitnet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run a digitnet command in this process, in an empty folder; returns its exit code."""
+    from digitnet.__main__ import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args: object) -> int:
+        try:
+            return main([str(arg) for arg in args])
+        except SystemExit as stop:
+            assert isinstance(stop.code, int)
+            return stop.code
+
+    return run
+
+
+SHORT = ("--trainer.max_epochs", 2, "--trainer.limit_train_batches", 4, "--trainer.precision", "32-true")
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run: bundled digits, two epochs of four steps. Copy it before changing it."""
+    from digitnet.__main__ import main
+
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(["fit", "--config", str(QUICKSTART), *map(str, SHORT)]) == 0
+    return folder / "lightning_logs" / "quickstart" / "version_0"

@@ -1,0 +1,103 @@
+"""The pictures of the data, on the digits bundled with scikit-learn."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms import v2
+
+from digitnet.augment import RandomAffine
+from digitnet.study.explore import NUM_DRAWS, draw_augmented, explore, load_data_module, read_config
+
+DIGITS = "data:\n  source: digits\n  split: [1297, 250, 250]\n"
+AUGMENTATION = """\
+  augmentation:
+    class_path: torchvision.transforms.v2.Compose
+    init_args:
+      transforms:
+      - class_path: digitnet.augment.RandomAffine
+        init_args: {rotation_deg: 5}
+"""
+ORIGINALS = np.random.default_rng(0).integers(0, 256, (3, 28, 28), dtype=np.uint8)
+
+
+def test_writes_each_figure_twice_and_a_page_that_needs_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, folder = tmp_path / "config.yaml", tmp_path / "new" / "folder"
+    config.write_text(DIGITS + AUGMENTATION + "trainer:\n  max_epochs: 3\n")
+    explore(config, folder)
+    names = {"first_digits", "class_counts", "rotation", "shift", "rotation_and_shift", "augmentation", "class_means"}
+    expected = {f"{name}.{form}" for name in names for form in ("png", "svg")} | {"index.html"}
+    assert {path.name for path in folder.iterdir()} == expected
+
+    page = (folder / "index.html").read_text()
+    shown = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert {name for name in shown if name != "data:,"} == expected - {"index.html"}
+    assert "//" not in page
+    assert len(re.findall(r'<img[^>]* alt="[^"]{20,}"', page)) == len(names)
+    assert "1,297 to train on, 250 to validate, 250 to test" in page
+    assert "RandomAffine(rotation_deg=5.0, shift_frac=0.1)" in page  # what the config names
+    out = capsys.readouterr().out
+    assert out == f"{folder / 'index.html'}: 7 figures of digits, each as PNG and SVG\n"
+
+
+def test_a_config_with_the_writeups_augmentation_marks_it_and_draws_it_once(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(DIGITS + "  augmentation: digitnet.augment.RandomAffine\n")
+    explore(config, tmp_path / "out")
+    assert not (tmp_path / "out" / "augmentation.png").exists()
+    assert (tmp_path / "out" / "index.html").read_text().count("This is what the config trains with") == 1
+
+
+def test_draws_repeat_with_the_seed_and_leave_the_callers_random_numbers_alone() -> None:
+    before = torch.get_rng_state()
+    first, again, other = (draw_augmented(RandomAffine(), ORIGINALS, NUM_DRAWS, seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert first.shape == (3, NUM_DRAWS, 28, 28)
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+    assert not np.array_equal(first[:, 0], first[:, 1])
+
+
+def test_draws_keep_the_order_of_the_originals_and_the_scale_of_uint8() -> None:
+    for augmentation in (RandomAffine(0, 0), v2.ToDtype(torch.float32, scale=True)):
+        draws = draw_augmented(augmentation, ORIGINALS, 2, seed=0)
+        np.testing.assert_allclose(draws, np.stack([ORIGINALS, ORIGINALS], axis=1), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: [1\nb: {", "is no YAML"),
+        ("hello", "is no config"),
+        ("data: 3", "where keys such as source and split are expected"),
+        ("data:\n  sorce: digits", "'sorce'"),
+        ("data:\n  split: [a, b]", "data.split"),
+        ("data:\n  source: digits\n  split: [1, 2, 3]", "adds up to 6"),
+        ("data:\n  augmentation:\n    class_path: digitnet.augment.Rotate", "digitnet.augment.Rotate"),
+        (DIGITS + "  augmentation: {class_path: digitnet.augment.RandomAffine, init_args: {shift_frac: -1}}", "-1.0"),
+        (DIGITS + "  augmentation: torch.nn.Flatten", "the shape must stay"),
+    ],
+)
+def test_bad_configs_are_told_in_one_line_and_leave_no_folder(tmp_path: Path, text: str, said: str) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(said)) as caught:
+        explore(config, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_config_is_named() -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml: no such config"):
+        explore(Path("nowhere.yaml"))
+
+
+def test_the_configs_of_the_project_describe_data() -> None:
+    for path in sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")):
+        assert sum(load_data_module(read_config(path)).split) in (1_797, 70_000), path

@@ -1,0 +1,188 @@
+"""RandomAffine against images worked out by hand and against the write-up's own Keras layers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ["KERAS_BACKEND"] = "torch"  # before Keras is imported
+
+import keras
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import get_data_home
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from digitnet.augment import RandomAffine, affine
+from digitnet.data import fetch_digits
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"))]
+
+
+@pytest.fixture(scope="module")
+def digits() -> Tensor:
+    """Real digits (N, 1, 28, 28) uint8: MNIST's first 10,000 where its cache is at hand, else scikit-learn's 1,797."""
+    at_hand = Path(get_data_home(), "digitnet", "mnist_784.npz").exists()
+    return torch.from_numpy(fetch_digits("mnist" if at_hand else "digits").images[:10_000])[:, None]
+
+
+def move(images: Tensor, angle_deg: float = 0.0, down: float = 0.0, right: float = 0.0) -> Tensor:
+    """``affine`` with the same movement for every image."""
+    n = len(images)
+    return affine(images, torch.full((n,), angle_deg), torch.tensor([[down, right]]).expand(n, 2))
+
+
+def move_in_keras(images: Tensor, turn: float = 0.0, down: float = 0.0, right: float = 0.0) -> Tensor:
+    """The write-up's layers, held to one angle (a fraction of a full turn) and one shift."""
+    layers = [
+        keras.layers.RandomRotation((turn, turn), fill_mode="nearest"),
+        keras.layers.RandomTranslation((down, down), (right, right), fill_mode="nearest"),
+    ]
+    x = images.float().permute(0, 2, 3, 1)  # Keras keeps channels last
+    for layer, active in zip(layers, (turn, down or right), strict=True):
+        x = layer(x, training=True) if active else x
+    return torch.as_tensor(x).cpu().permute(0, 3, 1, 2)
+
+
+# --- where pixels go --------------------------------------------------------------------------------------------------
+
+
+def test_quarter_turn_is_counter_clockwise() -> None:
+    image = torch.tensor([[[[1, 2, 3], [4, 5, 6], [7, 8, 9]]]], dtype=torch.uint8)
+    assert move(image, angle_deg=90).tolist() == [[[[3, 6, 9], [2, 5, 8], [1, 4, 7]]]]
+    assert move(image, angle_deg=-90).tolist() == [[[[7, 4, 1], [8, 5, 2], [9, 6, 3]]]]
+
+
+def test_shift_goes_down_and_right_and_repeats_the_edge() -> None:
+    image = torch.tensor([[[[1, 2, 3, 4], [5, 6, 7, 8]]]], dtype=torch.uint8)
+    assert move(image, down=1 / 2).tolist() == [[[[1, 2, 3, 4], [1, 2, 3, 4]]]]
+    assert move(image, right=2 / 4).tolist() == [[[[1, 1, 1, 2], [5, 5, 5, 6]]]]
+    assert move(image, down=-1 / 2, right=-1 / 4).tolist() == [[[[6, 7, 8, 8], [6, 7, 8, 8]]]]
+
+
+def test_rotation_comes_before_the_shift() -> None:
+    image = torch.zeros(1, 1, 7, 7)
+    image[..., 3, 5] = 1  # two pixels right of the centre: turned, two above it; then one down
+    assert move(image, angle_deg=90, down=1 / 7)[0, 0].round().nonzero().tolist() == [[2, 3]]
+
+
+def test_oblong_images_rotate_rigidly() -> None:
+    image = torch.zeros(1, 1, 5, 9)
+    image[..., 2, 6] = 1  # two pixels right of the centre: turned, two above it
+    assert move(image, angle_deg=90)[0, 0].round().nonzero().tolist() == [[0, 4]]
+
+
+@pytest.mark.parametrize("turn", [0.05, -0.05, 0.02])
+def test_rotation_is_keras_rotation(digits: Tensor, turn: float) -> None:
+    found = move(digits[:256].float(), angle_deg=360 * turn)
+    torch.testing.assert_close(found, move_in_keras(digits[:256], turn=turn), rtol=0, atol=0.01)  # of 255: rounding
+
+
+@pytest.mark.parametrize(("down", "right"), [(0.1, 0.0), (0.0, -0.1), (-0.03, 0.07)])
+def test_shift_is_keras_translation(digits: Tensor, down: float, right: float) -> None:
+    found = move(digits[:256].float(), down=down, right=right)
+    expected = move_in_keras(digits[:256], down=down, right=right)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.01)
+
+
+def test_both_are_keras_layers_in_sequence(digits: Tensor) -> None:
+    # By whole pixels Keras' second resampling changes nothing, so one resampling must give the same; but for the edge,
+    # which Keras repeats twice.
+    found = move(digits[:256].float(), angle_deg=18, down=2 / 28, right=-1 / 28)
+    expected = move_in_keras(digits[:256], turn=0.05, down=2 / 28, right=-1 / 28)
+    inner = (..., slice(2, -2), slice(2, -2))
+    torch.testing.assert_close(found[inner], expected[inner], rtol=0, atol=0.01)
+    # Otherwise it blurs the strokes once more, by less than half a pixel: 1.9 levels of 255 on
+    # average on MNIST. One degree more would make 2.6, a quarter of a pixel more 3.5.
+    found = move(digits[:256].float(), angle_deg=18, down=0.1, right=-0.07)
+    expected = move_in_keras(digits[:256], turn=0.05, down=0.1, right=-0.07)
+    assert (found - expected).abs().mean() < 2.5
+
+
+# --- what is drawn ----------------------------------------------------------------------------------------------------
+
+
+def test_zero_strength_is_the_identity(digits: Tensor) -> None:
+    assert torch.equal(RandomAffine(rotation_deg=0, shift_frac=0)(digits), digits)
+    assert torch.equal(move(digits), digits)  # and so is the resampling itself
+
+
+def test_every_image_has_its_own_draw(digits: Tensor) -> None:
+    batch = RandomAffine()(digits[:1].expand(64, -1, -1, -1))
+    assert len(batch.unique(dim=0)) == 64
+
+
+def test_draws_are_uniform_and_independent() -> None:
+    torch.manual_seed(0)
+    params = RandomAffine(rotation_deg=18, shift_frac=0.1).make_params([torch.zeros(10_000, 1, 28, 28)])
+    draws = torch.stack([params["angle_deg"] / 18, *(params["shift_frac"] / 0.1).unbind(1)])  # (3, 10000) in [-1, 1)
+    assert draws.abs().max() <= 1 + 1e-6
+    quarters = torch.stack([draw.histc(4, min=-1, max=1) for draw in draws]) / 10_000
+    torch.testing.assert_close(quarters, torch.full((3, 4), 0.25), rtol=0, atol=0.02)  # 4.6 standard deviations
+    torch.testing.assert_close(draws.corrcoef(), torch.eye(3), rtol=0, atol=0.04)  # 4 standard deviations
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_seed_repeats_the_draws(digits: Tensor, device: str) -> None:
+    augment, images = RandomAffine(), digits[:64].to(device)
+    runs = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        runs.append(augment(images))
+    assert runs[0].device == images.device
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+
+
+def test_digits_stay_whole(digits: Tensor) -> None:
+    torch.manual_seed(0)
+    images = digits.repeat(-(-10_000 // len(digits)), 1, 1, 1)[:10_000]
+    ink = RandomAffine()(images).double().mean() / images.double().mean()
+    assert abs(ink - 1) < 0.02
+
+
+# --- as a torchvision transform ---------------------------------------------------------------------------------------
+
+
+def test_labels_pass_through_and_dtypes_stay(digits: Tensor) -> None:
+    labels = torch.arange(8)
+    for dtype in (torch.uint8, torch.float32, torch.bfloat16):
+        images, passed = RandomAffine()(digits[:8].to(dtype), labels)
+        assert images.dtype == dtype
+        assert images.shape == (8, 1, 28, 28)
+        assert passed is labels
+
+
+def test_dtypes_agree(digits: Tensor) -> None:
+    exact = move(digits[:64].float(), angle_deg=18, down=0.1)
+    assert torch.equal(move(digits[:64], angle_deg=18, down=0.1).float(), exact.round())
+    halved = move(digits[:64].bfloat16(), angle_deg=18, down=0.1).float()
+    torch.testing.assert_close(halved, exact, rtol=0, atol=1)  # bfloat16 counts to 256 in steps of 1
+
+
+def test_composes_with_torchvision(digits: Tensor) -> None:
+    pipeline = v2.Compose([v2.ToImage(), RandomAffine(), v2.ToDtype(torch.float32, scale=True)])
+    picture = digits[0, 0].numpy()
+    torch.manual_seed(0)
+    image, label = pipeline(Image.fromarray(picture), 5)
+    torch.manual_seed(0)
+    expected = RandomAffine()(digits[:1])[0] / 255
+    assert isinstance(image, tv_tensors.Image)
+    assert label == 5
+    torch.testing.assert_close(image.as_subclass(Tensor), expected)
+
+
+def test_picture_that_is_no_tensor_is_refused(digits: Tensor) -> None:
+    with pytest.raises(TypeError, match=r"v2\.ToImage"):
+        RandomAffine()(Image.fromarray(digits[0, 0].numpy()))
+
+
+@pytest.mark.parametrize("strength", [-0.001, float("nan"), float("inf"), 181])
+def test_strength_out_of_range_is_refused(strength: float) -> None:
+    with pytest.raises(ValueError, match=rf"rotation_deg is {strength}; .* from 0 to 180"):
+        RandomAffine(rotation_deg=strength)
+    with pytest.raises(ValueError, match=rf"shift_frac is {strength}; .* from 0 to 1"):
+        RandomAffine(shift_frac=strength)

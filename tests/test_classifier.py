@@ -1,0 +1,90 @@
+"""DigitClassifier's numbers against numbers computed by hand, and checkpoints that must be refused."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from digitnet.classifier import DigitClassifier, verify_checkpoint
+
+QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+
+
+def test_epoch_metrics_weigh_every_image_alike() -> None:
+    images, labels = torch.rand(10, 1, 28, 28), torch.arange(10)
+    model = DigitClassifier()
+    # Batches of 8 and 2: a mean of batch means would be wrong.
+    loader = DataLoader(TensorDataset(images, labels), batch_size=8, num_workers=0)
+    metrics = L.Trainer(accelerator="cpu", **QUIET).validate(model, loader, verbose=False)[0]  # type: ignore[arg-type]
+    with torch.no_grad():
+        logits = model.eval()(images)
+    assert metrics["val/loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert metrics["val/acc"] == pytest.approx((logits.argmax(1) == labels).float().mean().item())
+
+
+def test_channels_last_changes_the_layout_not_the_result() -> None:
+    images, labels = torch.rand(8, 1, 28, 28), torch.arange(8)
+    results = {}
+    for channels_last in (True, False):
+        torch.manual_seed(1)
+        model = DigitClassifier(channels_last=channels_last)
+        loader = DataLoader(TensorDataset(images, labels), batch_size=8)
+        trainer = L.Trainer(accelerator="cpu", **QUIET)  # type: ignore[arg-type]
+        results[channels_last] = trainer.validate(model, loader, verbose=False)[0]["val/loss"]
+        assert model.net.conv2.weight.is_contiguous(memory_format=torch.channels_last) == channels_last
+    assert results[True] == pytest.approx(results[False], rel=1e-5)
+
+
+def test_default_optimizer_is_keras_adam() -> None:
+    optimizer = DigitClassifier().configure_optimizers()
+    assert isinstance(optimizer, torch.optim.Adam)
+    assert (optimizer.defaults["lr"], optimizer.defaults["eps"]) == (1e-3, 1e-7)
+
+
+class Bomb:
+    """Unpickling this would run code: it would create a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Path.touch, (self.path,))
+
+
+def test_foreign_checkpoints_are_refused_in_one_line(tmp_path: Path) -> None:
+    model = DigitClassifier()
+    good = {"state_dict": model.state_dict()}
+    resized = {"state_dict": {**model.state_dict(), "net.fc3.weight": torch.zeros(26, 64)}}
+    torch.save(good, tmp_path / "good.ckpt")
+    verify_checkpoint(tmp_path / "good.ckpt")
+
+    (tmp_path / "text.ckpt").write_text("not a checkpoint")
+    (tmp_path / "empty.ckpt").touch()
+    whole = (tmp_path / "good.ckpt").read_bytes()
+    (tmp_path / "truncated.ckpt").write_bytes(whole[: len(whole) // 2])
+    torch.save([1, 2], tmp_path / "list.ckpt")
+    torch.save(resized, tmp_path / "resized.ckpt")
+    torch.save({"state_dict": {"encoder.weight": torch.zeros(3)}}, tmp_path / "other.ckpt")
+    (tmp_path / "bomb.ckpt").write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
+    expected = {
+        "missing": "no such file",
+        "text": "not a checkpoint that can be read safely",
+        "empty": "not a checkpoint that can be read safely",
+        "truncated": "not a checkpoint that can be read safely",
+        "list": "no state_dict",
+        "resized": r"another architecture: net.fc3.weight should be \[10, 64\], and is \[26, 64\]",
+        "other": "another architecture: encoder.weight should be none",
+        "bomb": "not a checkpoint that can be read safely",
+    }
+    for name, reason in expected.items():
+        with pytest.raises(ValueError, match=reason) as refusal:
+            verify_checkpoint(tmp_path / f"{name}.ckpt")
+        assert "\n" not in str(refusal.value)
+        assert f"{name}.ckpt" in str(refusal.value)
+    assert not (tmp_path / "ran").exists()

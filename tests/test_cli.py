@@ -1,0 +1,294 @@
+"""The commands as people type them: fit, test, validate, their settings and their errors."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import QUICKSTART, ROOT, SHORT, Run
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from digitnet.__main__ import COMMANDS
+from digitnet.classifier import DigitClassifier
+from digitnet.data import load_bundled_digits
+
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return torch.load(checkpoint, weights_only=True)["state_dict"]  # type: ignore[no-any-return]
+
+
+def scalars(run: Path, tag: str) -> list[tuple[int, float]]:
+    """Step and value of a TensorBoard scalar, over all event files of a run."""
+    events = EventAccumulator(str(run))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+# --- help and configs --------------------------------------------------------------------------------------------------
+
+
+def test_help_lists_every_command_within_a_second() -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    shown = subprocess.run([sys.executable, "-m", "digitnet", "--help"], capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    for command in COMMANDS:
+        assert re.search(rf"^  {command} +\w", shown.stdout, re.MULTILINE)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1  # of processor: CI may be busy
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_parses(digitnet: Run, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert digitnet("fit", "--config", config, "--print_config") == 0
+    assert yaml.safe_load(capsys.readouterr().out)["data"]["augmentation"]["class_path"].startswith("digitnet.augment.")
+
+
+def test_final_config_is_the_write_ups_recipe(digitnet: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    digitnet("fit", "--config", ROOT / "configs" / "final.yaml", "--print_config")
+    config = yaml.safe_load(capsys.readouterr().out)
+    optimizer = config["model"]["optimizer"]
+    assert optimizer["class_path"] == "torch.optim.Adam"
+    assert (optimizer["init_args"]["lr"], optimizer["init_args"]["eps"]) == (1e-3, 1e-7)
+    assert optimizer["init_args"]["betas"] == [0.9, 0.999]
+    assert (config["model"]["dropout"], config["model"]["conv_dropout"]) == (0.2, 0.0)
+    assert config["data"]["split"] == [60_000, 5_000, 5_000]
+    assert (config["data"]["source"], config["data"]["batch_size"]) == ("mnist", 32)
+    assert config["data"]["augmentation"]["init_args"] == {"rotation_deg": 18.0, "shift_frac": 0.1}
+    assert config["trainer"]["max_epochs"] == 200
+    stopping = config["early_stopping"]
+    assert (stopping["monitor"], stopping["mode"], stopping["patience"]) == ("val/acc", "max", 10)
+
+
+def test_fit_commands_of_the_readme_parse(digitnet: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = re.findall(r"^python -m digitnet (\w+)(.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert {"fit", "test", "validate", "convert"} <= {command for command, _ in lines}
+    assert {command for command, _ in lines} <= COMMANDS.keys()
+    for command, rest in lines:
+        flags = rest.split("#")[0].split()
+        if command == "fit" and "--ckpt_path" not in flags:
+            flags = [str(ROOT / flag) if flag.startswith("configs/") else flag for flag in flags]
+            assert digitnet("fit", *flags, "--print_config") == 0, capsys.readouterr().err
+
+
+# --- fit, then test ----------------------------------------------------------------------------------------------------
+
+
+def test_fit_leaves_a_complete_run(trained_run: Path) -> None:
+    names = {path.name for path in trained_run.rglob("*") if path.is_file() and "events" not in path.name}
+    assert names >= {"config.yaml", "hparams.yaml", "best.ckpt", "last.ckpt"}
+    for tag in ("train/loss", "train/acc", "val/loss", "val/acc", "train/images_per_s", "lr-Adam"):
+        assert len(scalars(trained_run, tag)) == 2, tag
+    assert scalars(trained_run, "hp/val_acc")[-1][1] == max(value for _, value in scalars(trained_run, "val/acc"))
+
+
+def test_test_takes_the_newest_best_checkpoint_and_scores_each_image_once(
+    digitnet: Run, trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs = shutil.copytree(trained_run.parents[1], tmp_path / "lightning_logs")
+    run, older = logs / "quickstart" / "version_0", logs / "quickstart" / "older"
+    shutil.copytree(run, older)
+    os.utime(older / "checkpoints" / "best.ckpt", (0, 0))
+    assert digitnet("test") == 0
+
+    metrics = json.loads((run / "report" / "metrics.json").read_text())
+    rows = list(csv.DictReader((run / "report" / "predictions.csv").read_text().splitlines()))
+    images, labels = load_bundled_digits()
+    model = DigitClassifier.load_from_checkpoint(run / "checkpoints" / "best.ckpt", weights_only=True).eval()
+    with torch.no_grad():
+        probabilities = model(torch.from_numpy(images[-250:])[:, None]).softmax(1)
+    assert [int(row["index"]) for row in rows] == list(range(1547, 1797))
+    assert [int(row["label"]) for row in rows] == labels[-250:].tolist()
+    assert [int(row["prediction"]) for row in rows] == probabilities.argmax(1).tolist()
+    confidence = torch.tensor([float(row["confidence"]) for row in rows])
+    torch.testing.assert_close(confidence, probabilities.amax(1), atol=1e-4, rtol=0)
+    num_errors = sum(row["label"] != row["prediction"] for row in rows)
+    assert 0 < num_errors < 250
+    assert (metrics["num_images"], metrics["num_errors"]) == (250, num_errors)
+    assert metrics["accuracy"] == pytest.approx(1 - num_errors / 250)
+    picked = probabilities[torch.arange(250), torch.from_numpy(labels[-250:]).long()]
+    assert metrics["loss"] == pytest.approx(-picked.log().mean().item(), rel=1e-3)
+    assert metrics["config_sha256"] == hashlib.sha256((run / "config.yaml").read_bytes()).hexdigest()
+    assert (metrics["dataset"], metrics["split"]) == ("digits", [1297, 250, 250])
+    assert metrics["versions"]["torch"].startswith(torch.__version__.split("+")[0])
+    assert metrics["hardware"]
+    assert {path.name for path in logs.glob("*/*")} == {"version_0", "older"}  # no folder for the test itself
+    assert not (older / "report").exists()
+    assert f"mistakes  {num_errors}" in capsys.readouterr().out
+
+
+def test_validate_repeats_the_accuracy_of_the_best_epoch(digitnet: Run, trained_run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(trained_run.parents[1], tmp_path / "lightning_logs") / "quickstart" / "version_0"
+    assert digitnet("validate", "--ckpt_path", run / "checkpoints" / "best.ckpt") == 0
+    metrics = json.loads((run / "report" / "validate_metrics.json").read_text())
+    assert metrics["accuracy"] == pytest.approx(max(value for _, value in scalars(run, "val/acc")))
+    assert metrics["subset"] == "val"
+
+
+def test_a_checkpoint_outside_a_run_is_scored_with_the_flags_given(
+    digitnet: Run, trained_run: Path, tmp_path: Path
+) -> None:
+    shutil.copy(trained_run / "checkpoints" / "best.ckpt", tmp_path / "mine.ckpt")
+    flags = ("--data.source", "digits", "--data.split", "[1297, 250, 250]")
+    assert digitnet("test", "--ckpt_path", "mine.ckpt", *flags) == 0
+    metrics = json.loads((tmp_path / "report" / "metrics.json").read_text())
+    assert (metrics["num_images"], metrics["config_sha256"]) == (250, None)
+
+
+def test_other_optimizers_and_schedules_come_from_flags(digitnet: Run, tmp_path: Path) -> None:
+    flags = ("--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", 0.01, "--model.lr_scheduler")
+    schedule = ("torch.optim.lr_scheduler.ExponentialLR", "--model.lr_scheduler.gamma", 0.1)
+    assert digitnet("fit", "--config", QUICKSTART, *SHORT, *flags, *schedule) == 0
+    rates = scalars(tmp_path / "lightning_logs" / "quickstart" / "version_0", "lr-SGD")
+    assert [value for _, value in rates] == pytest.approx([0.01, 0.001])
+
+
+# --- the same again ----------------------------------------------------------------------------------------------------
+
+
+def test_after_fit_the_module_holds_the_best_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from digitnet.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    # A learning rate of 10 ruins the second epoch: the best weights are then not the last ones.
+    schedule = ("torch.optim.lr_scheduler.ExponentialLR", "--model.lr_scheduler.gamma", 10_000)
+    cli = main([str(flag) for flag in ("fit", "--config", QUICKSTART, *SHORT, "--model.lr_scheduler", *schedule)])
+    folder = tmp_path / "lightning_logs" / "quickstart" / "version_0" / "checkpoints"
+    best, last = weights(folder / "best.ckpt"), weights(folder / "last.ckpt")
+    assert not torch.equal(best["net.fc3.weight"], last["net.fc3.weight"])
+    assert all(torch.equal(value, best[name]) for name, value in cli.model.state_dict().items())
+
+
+def test_same_seed_same_weights_after_200_steps(digitnet: Run, tmp_path: Path) -> None:
+    steps = ("--trainer.max_epochs", 1, "--trainer.limit_train_batches", 200, "--data.batch_size", 2)
+    for _ in range(2):
+        assert digitnet("fit", "--config", QUICKSTART, *steps) == 0
+    first, second = (tmp_path / "lightning_logs/quickstart" / f"version_{n}/checkpoints/last.ckpt" for n in (0, 1))
+    assert torch.load(first, weights_only=True)["global_step"] == 200
+    one, two = weights(first), weights(second)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("killed_in_epoch", [1, 2])
+def test_killed_and_resumed_is_as_if_never_killed(
+    digitnet: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_in_epoch: int
+) -> None:
+    flags = ("fit", "--config", QUICKSTART, *SHORT, "--trainer.max_epochs", 4)
+    assert digitnet(*flags) == 0
+    step = DigitClassifier.training_step
+
+    class PowerCut(BaseException):
+        pass
+
+    def dying_step(self: DigitClassifier, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        if self.current_epoch == killed_in_epoch and batch_idx == 2:
+            raise PowerCut
+        return step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DigitClassifier, "training_step", dying_step)
+        with pytest.raises(PowerCut):
+            digitnet(*flags)
+    assert digitnet("fit", "--ckpt_path", "last") == 0  # with the settings of that run
+    whole, resumed = (tmp_path / "lightning_logs" / "quickstart" / f"version_{n}" for n in (0, 1))
+    assert not (resumed.parent / "version_2").exists()
+    for name in ("best", "last"):
+        one, two = (weights(run / "checkpoints" / f"{name}.ckpt") for run in (whole, resumed))
+        assert all(torch.equal(one[key], two[key]) for key in one), name
+    one, two = (torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in (whole, resumed))
+    assert {key: one[key] for key in ("epoch", "global_step")} == {"epoch": 3, "global_step": 16}
+    assert {key: two[key] for key in ("epoch", "global_step")} == {"epoch": 3, "global_step": 16}
+    stopping = [state for key, state in one["callbacks"].items() if key.startswith("EarlyStopping")]
+    assert stopping == [state for key, state in two["callbacks"].items() if key.startswith("EarlyStopping")] != []
+    for tag in ("train/loss", "train/acc", "val/loss", "val/acc", "hp/val_acc"):
+        assert scalars(whole, tag) == scalars(resumed, tag)
+
+
+def test_ctrl_c_keeps_the_last_checkpoint_and_says_how_to_go_on(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "digitnet",
+        "fit",
+        "--config",
+        str(QUICKSTART),
+        "--trainer.limit_train_batches",
+        "4",
+    ]
+    process = subprocess.Popen(
+        [*command, "--trainer.max_epochs", "1000", "--early_stopping.patience", "1000"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    last = tmp_path / "lightning_logs/quickstart/version_0/checkpoints/last.ckpt"
+    deadline = time.monotonic() + 90
+    while not last.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in output
+    assert (
+        "To go on: python -m digitnet fit --ckpt_path lightning_logs/quickstart/version_0/checkpoints/last.ckpt"
+        in output
+    )
+    assert torch.load(last, weights_only=True)["optimizer_states"]
+
+
+# --- bad input: one line, exit code not 0, nothing left behind ----------------------------------------------------------
+
+WRONG = [
+    (["fit", "--trainer.max_epoch", "3"], 2, "did you mean trainer.max_epochs?"),
+    (["fit", "--model.droput", "0.3"], 2, "did you mean model.dropout?"),
+    (["fit", "--config", "typo.yaml"], 2, "does not accept option 'model.droput'; did you mean model.dropout?"),
+    (["fit", "--config", "missing.yaml"], 2, "missing.yaml"),
+    (["fit", "--config", "broken.yaml"], 2, "line 2"),
+    (["fit", "--trainer.max_epochs", "many"], 2, '"trainer.max_epochs": Expected a int'),
+    (["fit", "--data.split", "[1297, 250, 200]"], 1, "data.split [1297, 250, 200] adds up to 1,747"),
+    (["fit", "--data.split", "[1297, 500]"], 2, "data.split"),
+    (["fit", "--data.split", "[2000, -453, 250]"], 1, "data.split is [2000, -453, 250]"),
+    (["fit", "--data.batch_size", "0"], 1, "data.batch_size is 0"),
+    (["fit", "--data.augmentation.shift_frac", "-0.1"], 1, "shift_frac is -0.1"),
+    (["fit", "--data.augmentation.shift", "0.1"], 2, "did you mean shift_frac?"),
+    (["fit", "--data.source", "nowhere.npz"], 1, "nowhere.npz"),
+    (["fit", "--model.dropout", "1.5"], 1, "dropout is 1.5"),
+    (["fit", "--ckpt_path", "last"], 1, "no run has a checkpoints/last.ckpt"),
+    (["fit", "--ckpt_path", "nowhere.ckpt"], 1, 'ckpt_path is "nowhere.ckpt": no such file'),
+    (["fit", "--trainer.logger.save_dir", "a_file"], 1, "cannot write to a_file"),
+    (["test"], 1, "train one first: python -m digitnet fit --config configs/final.yaml"),
+    (["validate", "--ckpt_path", "text.ckpt"], 1, "text.ckpt is not a checkpoint"),
+    (["test", "--ckpt_path", "a_file"], 1, "a_file is not a checkpoint"),
+    (["tset"], 2, "no command 'tset'; did you mean test?"),
+]
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "line"), WRONG, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
+def test_bad_input_is_told_in_one_line(
+    digitnet: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], args: list[str], code: int, line: str
+) -> None:
+    (tmp_path / "typo.yaml").write_text("model:\n  droput: 0.3\n")
+    (tmp_path / "broken.yaml").write_text("model: [\n")
+    (tmp_path / "text.ckpt").write_text("not a checkpoint")
+    (tmp_path / "a_file").write_text("a file, not a folder")
+    before = set(tmp_path.rglob("*"))
+    if args[0] == "fit":
+        args = ["fit", "--config", str(QUICKSTART), *args[1:]]
+    assert digitnet(*args) == code
+    errors = [text for text in capsys.readouterr().err.splitlines() if text.startswith("digitnet: error: ")]
+    assert len(errors) == 1
+    assert line in errors[0]
+    assert set(tmp_path.rglob("*")) == before

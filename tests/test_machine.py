@@ -1,0 +1,40 @@
+"""The choice of precision on machines that this one is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from digitnet import machine
+
+
+@pytest.mark.parametrize(
+    ("cpu_flags", "capability", "accelerator", "expected"),
+    [
+        ("avx2 avx512f avx512_bf16", None, "auto", "bf16-mixed"),
+        ("avx2 amx_bf16", None, "cpu", "bf16-mixed"),
+        ("avx2 avx512f", None, "auto", "32-true"),
+        ("avx2", (9, 0), "auto", "bf16-mixed"),
+        ("avx2", (8, 0), "gpu", "bf16-mixed"),
+        ("avx512_bf16", (7, 5), "gpu", "32-true"),
+        ("avx2", (9, 0), "cpu", "32-true"),
+    ],
+)
+def test_bfloat16_only_where_it_is_native(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cpu_flags: str,
+    capability: tuple[int, int] | None,
+    accelerator: str,
+    expected: str,
+) -> None:
+    (tmp_path / "cpuinfo").write_text(f"model name : Some CPU\nflags : fpu {cpu_flags} sse\n")
+    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    precision, reason = machine.choose_precision(accelerator)
+    assert precision == expected
+    assert reason
