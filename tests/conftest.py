@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from sklearn.datasets import get_data_home
+
+from digitnet.data import Digits, fetch_digits
 
 os.environ["KERAS_BACKEND"] = "torch"  # before anything imports Keras
 
@@ -46,10 +49,21 @@ def digitnet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
         try:
             return main([str(arg) for arg in args])
         except SystemExit as stop:
-            assert isinstance(stop.code, int)
-            return stop.code
+            return int(stop.code or 0)
 
     return run
+
+
+def has_mnist() -> bool:
+    """Whether the data home holds MNIST, as our cache or as scikit-learn's."""
+    home = Path(get_data_home())
+    return (home / "digitnet" / "mnist_784.npz").exists() or any(home.glob("openml/**/mnist_784.arff.gz"))
+
+
+@pytest.fixture(scope="session")
+def real_digits() -> Digits:
+    """MNIST's 70,000 digits where they are at hand, else scikit-learn's 1,797."""
+    return fetch_digits("mnist" if has_mnist() else "digits")
 
 
 SHORT = ("--trainer.max_epochs", 2, "--trainer.limit_train_batches", 4, "--trainer.precision", "32-true")

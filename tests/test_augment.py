@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
-os.environ["KERAS_BACKEND"] = "torch"  # before Keras is imported
-
 import keras
 import pytest
 import torch
 from PIL import Image
-from sklearn.datasets import get_data_home
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from digitnet.augment import RandomAffine, affine
-from digitnet.data import fetch_digits
+from digitnet.data import Digits
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"))]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @pytest.fixture(scope="module")
-def digits() -> Tensor:
-    """Real digits (N, 1, 28, 28) uint8: MNIST's first 10,000 where its cache is at hand, else scikit-learn's 1,797."""
-    at_hand = Path(get_data_home(), "digitnet", "mnist_784.npz").exists()
-    return torch.from_numpy(fetch_digits("mnist" if at_hand else "digits").images[:10_000])[:, None]
+def digits(real_digits: Digits) -> Tensor:
+    """Up to 10,000 of them (N, 1, 28, 28) uint8."""
+    return torch.from_numpy(real_digits.images[:10_000])[:, None]
 
 
 def move(images: Tensor, angle_deg: float = 0.0, down: float = 0.0, right: float = 0.0) -> Tensor:

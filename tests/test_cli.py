@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import QUICKSTART, ROOT, SHORT, Run
+from conftest import QUICKSTART, ROOT, SHORT, Run, has_mnist
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from digitnet.__main__ import COMMANDS
@@ -39,7 +39,7 @@ def scalars(run: Path, tag: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in events.Scalars(tag)]
 
 
-# --- help and configs --------------------------------------------------------------------------------------------------
+# --- help and configs -------------------------------------------------------------------------------------------------
 
 
 def test_help_lists_every_command_within_a_second() -> None:
@@ -84,7 +84,7 @@ def test_fit_commands_of_the_readme_parse(digitnet: Run, capsys: pytest.CaptureF
             assert digitnet("fit", *flags, "--print_config") == 0, capsys.readouterr().err
 
 
-# --- fit, then test ----------------------------------------------------------------------------------------------------
+# --- fit, then test ---------------------------------------------------------------------------------------------------
 
 
 def test_fit_leaves_a_complete_run(trained_run: Path) -> None:
@@ -156,7 +156,15 @@ def test_other_optimizers_and_schedules_come_from_flags(digitnet: Run, tmp_path:
     assert [value for _, value in rates] == pytest.approx([0.01, 0.001])
 
 
-# --- the same again ----------------------------------------------------------------------------------------------------
+@pytest.mark.skipif(not has_mnist(), reason="MNIST is not at hand; set SCIKIT_LEARN_DATA")
+def test_final_config_learns_mnist(digitnet: Run, tmp_path: Path) -> None:
+    short = ("--trainer.max_epochs", 1, "--trainer.limit_train_batches", 150, "--trainer.limit_val_batches", 2)
+    assert digitnet("fit", "--config", ROOT / "configs" / "final.yaml", *short) == 0
+    run = tmp_path / "lightning_logs" / "final" / "version_0"
+    assert scalars(run, "val/acc")[0][1] > 0.8  # 0.92 to 0.94 with other seeds
+
+
+# --- the same again ---------------------------------------------------------------------------------------------------
 
 
 def test_after_fit_the_module_holds_the_best_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,7 +255,7 @@ def test_ctrl_c_keeps_the_last_checkpoint_and_says_how_to_go_on(tmp_path: Path) 
     assert torch.load(last, weights_only=True)["optimizer_states"]
 
 
-# --- bad input: one line, exit code not 0, nothing left behind ----------------------------------------------------------
+# --- bad input: one line, exit code not 0, nothing left behind --------------------------------------------------------
 
 WRONG = [
     (["fit", "--trainer.max_epoch", "3"], 2, "did you mean trainer.max_epochs?"),
@@ -255,7 +263,7 @@ WRONG = [
     (["fit", "--config", "typo.yaml"], 2, "does not accept option 'model.droput'; did you mean model.dropout?"),
     (["fit", "--config", "missing.yaml"], 2, "missing.yaml"),
     (["fit", "--config", "broken.yaml"], 2, "line 2"),
-    (["fit", "--trainer.max_epochs", "many"], 2, '"trainer.max_epochs": Expected a int'),
+    (["fit", "--trainer.max_epochs", "many"], 2, '"trainer.max_epochs": Expected int Given value: many'),
     (["fit", "--data.split", "[1297, 250, 200]"], 1, "data.split [1297, 250, 200] adds up to 1,747"),
     (["fit", "--data.split", "[1297, 500]"], 2, "data.split"),
     (["fit", "--data.split", "[2000, -453, 250]"], 1, "data.split is [2000, -453, 250]"),
@@ -266,6 +274,7 @@ WRONG = [
     (["fit", "--model.dropout", "1.5"], 1, "dropout is 1.5"),
     (["fit", "--ckpt_path", "last"], 1, "no run has a checkpoints/last.ckpt"),
     (["fit", "--ckpt_path", "nowhere.ckpt"], 1, 'ckpt_path is "nowhere.ckpt": no such file'),
+    (["fit", "--ckpt_path", "weights.ckpt"], 1, "weights.ckpt holds weights only; to go on with training, give a last"),
     (["fit", "--trainer.logger.save_dir", "a_file"], 1, "cannot write to a_file"),
     (["test"], 1, "train one first: python -m digitnet fit --config configs/final.yaml"),
     (["validate", "--ckpt_path", "text.ckpt"], 1, "text.ckpt is not a checkpoint"),
@@ -284,6 +293,7 @@ def test_bad_input_is_told_in_one_line(
     (tmp_path / "broken.yaml").write_text("model: [\n")
     (tmp_path / "text.ckpt").write_text("not a checkpoint")
     (tmp_path / "a_file").write_text("a file, not a folder")
+    torch.save({"state_dict": DigitClassifier().state_dict()}, tmp_path / "weights.ckpt")
     before = set(tmp_path.rglob("*"))
     if args[0] == "fit":
         args = ["fit", "--config", str(QUICKSTART), *args[1:]]

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from importlib import import_module
+from typing import Any
 
 import digitnet
-from digitnet.errors import nearest_name, to_one_line
+from digitnet.errors import OneLineErrors, nearest_name, to_one_line
 
-# command: (where it is, what it does). The functions take the arguments that follow the command.
+# command: (where it is, what it does). fit, validate and test are Lightning's command line; the other functions become
+# commands by their signature and docstring.
 COMMANDS = {
     "fit": ("digitnet.cli:main", "train; TensorBoard logs and checkpoints go to lightning_logs/"),
     "validate": ("digitnet.cli:main", "score the newest run's best checkpoint on its validation set"),
     "test": ("digitnet.cli:main", "score the newest run's best checkpoint on its test set; writes <run>/report/"),
-    "convert": ("digitnet.apply.keras_weights:main", "weights from Keras (.h5, .weights.h5, .keras) to .ckpt and back"),
+    "convert": ("digitnet.apply.keras_weights:convert", "Keras weights (.h5, .weights.h5, .keras) to .ckpt, and back"),
 }
 
 HELP = """\
@@ -53,9 +56,13 @@ def main(args: list[str] | None = None) -> int:
         near = nearest_name(command, COMMANDS)
         print(f"digitnet: error: no command {command!r}{near} (python -m digitnet --help lists them)", file=sys.stderr)
         return 2
-    module, _, function = COMMANDS[command][0].partition(":")
+    module, _, name = COMMANDS[command][0].partition(":")
     try:
-        getattr(import_module(module), function)(args)
+        function = getattr(import_module(module), name)
+        if module == "digitnet.cli":
+            function(args)
+        else:
+            run_function(function, command, args[1:])
     except (ValueError, OSError) as error:
         if os.environ.get("DIGITNET_DEBUG"):
             raise
@@ -65,6 +72,16 @@ def main(args: list[str] | None = None) -> int:
         print("digitnet: stopped", file=sys.stderr)
         return 130
     return 0
+
+
+def run_function(function: Callable[..., Any], command: str, args: list[str]) -> None:
+    """Call a function with arguments parsed by its signature; its docstring is the ``--help`` text."""
+    from jsonargparse import ArgumentParser, auto_cli
+
+    class Parser(OneLineErrors, ArgumentParser):
+        pass
+
+    auto_cli(function, args=args, prog=f"python -m digitnet {command}", parser_class=Parser, allow_abbrev=False)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from digitnet.classifier import DigitClassifier
 from digitnet.machine import describe_hardware, list_versions
 
 
@@ -29,7 +30,8 @@ class SeedEachEpoch(Callback):
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self.seed = torch.initial_seed()
+        # Where seed_everything keeps it. Without it, whatever this process began with.
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         entropy = (self.seed, trainer.current_epoch, trainer.global_rank)
@@ -80,8 +82,9 @@ class PrintEpochs(Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # This hook comes before the module's own, which logs the training metrics.
-        train = {name: metric.compute() for name, metric in pl_module.metrics.items() if name.startswith("train/")}
-        values = {**train, **{k: v for k, v in trainer.callback_metrics.items() if k.startswith("val/")}}
+        assert isinstance(pl_module, DigitClassifier)
+        train = {name: pl_module.get_metric(name).compute() for name in ("train/loss", "train/acc")}
+        values = {**train, **{name: x for name, x in trainer.callback_metrics.items() if name.startswith("val/")}}
         rank_zero_info(f"epoch {trainer.current_epoch}  " + "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
 
 
@@ -97,7 +100,7 @@ class HyperparameterSummary(Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking:
-            self.best = max(self.best, float(trainer.callback_metrics["val/acc"]))
+            self.best = max(self.best, float(trainer.callback_metrics.get("val/acc", 0)))
             for logger in trainer.loggers:
                 logger.log_metrics({"hp/val_acc": self.best}, step=trainer.global_step)
 
@@ -127,8 +130,7 @@ class ResumeHint(Callback):
 class WriteScores(Callback):
     """Print and keep what ``test`` or ``validate`` found, in the run's ``report/`` folder.
 
-    ``metrics.json`` and ``predictions.csv`` for ``test``, ``validate_metrics.json`` and ``validate_predictions.csv`` for
-    ``validate``.
+    ``metrics.json`` and ``predictions.csv``; for ``validate``, both names begin with ``validate_``.
 
     Args:
         checkpoint: the checkpoint scored.
@@ -142,13 +144,15 @@ class WriteScores(Callback):
         self.logits: list[Tensor] = []
         self.labels: list[Tensor] = []
 
-    def on_test_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
-    ) -> None:
-        self.logits.append(outputs.cpu())
-        self.labels.append(batch[1].cpu())
+    def on_test_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        self._collect(*args)
 
-    on_validation_batch_end = on_test_batch_end
+    def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        self._collect(*args)
+
+    def _collect(self, logits: Tensor, batch: tuple[Tensor, Tensor], *_: int) -> None:
+        self.logits.append(logits.cpu())
+        self.labels.append(batch[1].cpu())
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._write(trainer, "test", prefix="")
@@ -156,11 +160,26 @@ class WriteScores(Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._write(trainer, "val", prefix="validate_")
 
+    def _gather(self, trainer: L.Trainer) -> tuple[Tensor, Tensor]:
+        """Logits (N, 10) and labels (N,) of all processes, in the order of the data set."""
+        logits, labels = torch.cat(self.logits), torch.cat(self.labels)
+        if trainer.world_size == 1:
+            return logits, labels
+        shards: list[Any] = [None] * trainer.world_size
+        torch.distributed.all_gather_object(shards, (logits, labels))
+        logits, labels = (torch.cat(parts) for parts in zip(*shards, strict=True))
+        # Process r scored images r, r + world_size, r + 2 * world_size ...
+        indices = torch.cat([torch.arange(rank, len(labels), trainer.world_size) for rank in range(trainer.world_size)])
+        order = indices.argsort()
+        return logits[order], labels[order]
+
     def _write(self, trainer: L.Trainer, subset: str, prefix: str) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
         start = sum(data.split[: ("train", "val", "test").index(subset)])
         num_images = data.split[("train", "val", "test").index(subset)]
-        logits, labels = torch.cat(self.logits), torch.cat(self.labels)
+        logits, labels = self._gather(trainer)
+        if not trainer.is_global_zero:
+            return
         assert len(labels) == num_images, f"{len(labels)} images scored of {num_images}"
         confidence, prediction = logits.softmax(dim=1).max(dim=1)
         num_errors = int((prediction != labels).sum())
@@ -202,4 +221,4 @@ def write_text(path: Path, text: str) -> None:
     """Write all or nothing: a file beside it, renamed into place."""
     part = path.with_name(path.name + ".part")
     part.write_text(text)
-    os.replace(part, path)
+    part.replace(path)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from digitnet.model import DigitNet
@@ -22,7 +22,7 @@ class DigitClassifier(L.LightningModule):
     """Trains and scores a DigitNet: cross-entropy loss, accuracy, any torch optimizer and schedule.
 
     Batches are ``(images, labels)``: images (B, 1, 28, 28) uint8, labels (B,) int64. Metrics are updated every step
-    and logged once an epoch (``train/loss``, ``train/acc``, ``val/...``, ``test/...``): logging costs more than they do.
+    and logged once an epoch (``train/loss``, ``train/acc``, ``val/...``, ``test/...``), as logging costs more.
 
     Args:
         dropout: probability of dropping a unit after each hidden dense layer, in [0, 1).
@@ -79,9 +79,15 @@ class DigitClassifier(L.LightningModule):
         images, labels = batch
         logits = self(images).float()  # the loss in full precision, whatever the network computed in
         losses = F.cross_entropy(logits, labels, reduction="none")  # (B,)
-        self.metrics[f"{stage}/loss"].update(losses.detach())
-        self.metrics[f"{stage}/acc"].update(logits.detach(), labels)
+        self.get_metric(f"{stage}/loss").update(losses.detach())
+        self.get_metric(f"{stage}/acc").update(logits.detach(), labels)
         return losses.mean(), logits
+
+    def get_metric(self, name: str) -> Metric:
+        """The running metric of a stage, such as "val/acc"."""
+        metric = self.metrics[name]
+        assert isinstance(metric, Metric)
+        return metric
 
     def on_train_epoch_end(self) -> None:
         self._log_epoch("train")
@@ -94,7 +100,7 @@ class DigitClassifier(L.LightningModule):
 
     def _log_epoch(self, stage: str) -> None:
         names = (f"{stage}/loss", f"{stage}/acc")
-        self.log_dict({name: self.metrics[name] for name in names}, prog_bar=True)
+        self.log_dict({name: self.get_metric(name) for name in names}, prog_bar=True)
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(self.parameters())
@@ -106,11 +112,16 @@ class DigitClassifier(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
 
-def verify_checkpoint(path: Path) -> None:
+def verify_checkpoint(path: Path, to_resume: bool = False) -> None:
     """Check that a file is a DigitClassifier's checkpoint; nothing in it is executed.
 
+    Args:
+        path: the file.
+        to_resume: whether training is to go on from it, which takes more than the weights.
+
     Raises:
-        ValueError: it is missing, damaged, no checkpoint of Lightning's, or one of another architecture.
+        ValueError: it is missing, damaged, no checkpoint of Lightning's, of another architecture, or holds weights only
+            where more is needed.
     """
     if not path.is_file():
         raise ValueError(f'ckpt_path is "{path}": no such file; give the path of a .ckpt, or leave it out')
@@ -128,3 +139,5 @@ def verify_checkpoint(path: Path) -> None:
         if expected.get(name) != found.get(name):
             sizes = [str(list(shapes[name])) if name in shapes else "none" for shapes in (expected, found)]
             raise ValueError(f"{path} is of another architecture: {name} should be {sizes[0]}, and is {sizes[1]}")
+    if to_resume and "optimizer_states" not in checkpoint:
+        raise ValueError(f"{path} holds weights only; to go on with training, give a last.ckpt")

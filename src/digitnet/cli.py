@@ -30,8 +30,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from digitnet.callbacks import (
     HyperparameterSummary,
     PrintEpochs,
-    ResumeHint,
     RestoreBestWeights,
+    ResumeHint,
     SeedEachEpoch,
     Throughput,
     WriteScores,
@@ -145,7 +145,7 @@ class DigitCLI(LightningCLI):
         ckpt_path = finder.parse_known_args(flags)[0].ckpt_path
         if ckpt_path is not None and not {"-h", "--help"} & set(flags):
             self.checkpoint = find_newest(f"{ckpt_path}.ckpt") if ckpt_path in ("best", "last") else Path(ckpt_path)
-            verify_checkpoint(self.checkpoint)
+            verify_checkpoint(self.checkpoint, to_resume=subcommand == "fit")
             self.run_dir = find_run(self.checkpoint)
             if self.run_dir:
                 flags = ["--config", str(self.run_dir / "config.yaml"), *flags]
@@ -165,7 +165,7 @@ class DigitCLI(LightningCLI):
             rank_zero_info(f"precision {trainer.precision}: {reason} (--trainer.precision overrides)")
         if self.subcommand != "fit":
             trainer.logger = False
-        elif self.run_dir and trainer.logger:
+        elif self.run_dir and hasattr(trainer.logger, "init_args"):
             name, version = self.run_dir.parent.name, self.run_dir.name
             for key, value in (("save_dir", self.run_dir.parent.parent), ("name", name), ("version", version)):
                 trainer.logger.init_args[key] = str(value)

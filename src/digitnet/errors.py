@@ -30,7 +30,7 @@ def to_one_line(message: str) -> str:
     """The lines of a message that say something, joined into one."""
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
     line = " ".join(line for line in lines if line and not _NOISE.match(line)) or " ".join(message.split())
-    return re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", line)
+    return re.sub(r"(?:a )?<class '(?:\w+\.)*(\w+)'>", r"\1", line)
 
 
 def suggest_name(message: str, flags: Iterable[str]) -> str:

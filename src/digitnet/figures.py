@@ -254,9 +254,7 @@ def draw_confusion(labels: Array, predictions: Array) -> Figure:
     """The confusion matrix in counts. Only mistakes are coloured, or the diagonal would drown them."""
     counts = count_confusions(labels, predictions)
     num_errors = int(counts.sum() - np.trace(counts))
-    figure = _figure(
-        WIDTH_IN, 5.9, f"Confusion matrix: {num_errors:,} {_plural('mistake', num_errors)} in {len(labels):,}"
-    )
+    figure = _figure(WIDTH_IN, 5.9, f"Confusion matrix: {format_count(num_errors, 'mistake')} in {len(labels):,}")
     axes = figure.subplots()
     wrong = np.ma.masked_where(np.eye(10, dtype=bool) | (counts == 0), counts)
     top = max(int(wrong.max()) if wrong.count() else 1, 2)
@@ -305,7 +303,7 @@ def draw_mistakes(
     wrong = wrong[np.argsort(-confidences[wrong], kind="stable")]
     shown = wrong[:limit]
     starred = np.zeros(len(labels), bool) if known_wrong is None else known_wrong
-    title = f"{len(wrong):,} {_plural('mistake', len(wrong))} in {len(labels):,}: actual / predicted, confidence"
+    title = f"{format_count(len(wrong), 'mistake')} in {len(labels):,}: actual / predicted, confidence"
     if len(wrong) == 0:
         return _empty_figure(f"No mistake in {len(labels):,} images")
     notes = [f"The first {len(shown)} of {len(wrong):,}, the most confident first."] if len(wrong) > limit else []
@@ -542,8 +540,9 @@ def format_percent(probability: float) -> str:
     return f"{min(100 * probability, 99.9) if probability < 1 else 100:.1f} %"
 
 
-def _plural(word: str, number: int) -> str:
-    return word if number == 1 else f"{word}s"
+def format_count(number: int, noun: str) -> str:
+    """``1 mistake``, ``2,000 mistakes``."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def _times(number: int) -> str:

@@ -18,29 +18,24 @@ import pytest
 import torch
 from keras.src.legacy.saving.legacy_h5_format import save_weights_to_hdf5_group
 from lightning.pytorch import Trainer
-from sklearn.datasets import get_data_home
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from digitnet.apply import keras_weights
 from digitnet.apply.keras_weights import build_keras_model, convert, load_keras_weights
 from digitnet.classifier import DigitClassifier
-from digitnet.data import fetch_digits
+from digitnet.data import Digits
 
 pytestmark = [
     # Keras and Lightning use what NumPy and PyTorch have deprecated.
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
 ]
 
 
 @pytest.fixture(scope="module")
-def images() -> Tensor:
-    """256 digits (256, 1, 28, 28) uint8: MNIST where it is at hand, else scikit-learn's."""
-    home = Path(get_data_home())
-    at_hand = (home / "digitnet" / "mnist_784.npz").exists() or any(home.glob("openml/**/mnist_784.arff.gz"))
-    return torch.from_numpy(fetch_digits("mnist" if at_hand else "digits").images[:256])[:, None]
+def images(real_digits: Digits) -> Tensor:
+    """256 of them (256, 1, 28, 28) uint8."""
+    return torch.from_numpy(real_digits.images[:256])[:, None]
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from digitnet.data.cache import Digits
@@ -60,8 +61,8 @@ class MNISTDataModule(L.LightningDataModule):
             there are. [60000, 5000, 5000] is the write-up's; [55000, 5000, 10000] ends in MNIST's classic test set.
         batch_size: training images a step, on each device.
         eval_batch_size: validation and test images a step, on each device.
-        augmentation: what is done to each training batch, a torchvision transform or any module from images to images;
-            nothing by default.
+        augmentation: what is done to each training batch: a torchvision transform, or anything else that takes images
+            and returns images, by class path, such as digitnet.augment.RandomAffine; nothing by default.
 
     Raises:
         ValueError: the split does not add up, or a size is not positive.
@@ -74,7 +75,7 @@ class MNISTDataModule(L.LightningDataModule):
         split: tuple[int, int, int] = (60_000, 5_000, 5_000),
         batch_size: int = 32,
         eval_batch_size: int = 500,
-        augmentation: nn.Module | None = None,
+        augmentation: Callable[[Any], Any] | None = None,
     ) -> None:
         super().__init__()
         # For TensorBoard's HPARAMS page. Plain values, as checkpoints store them and must stay safe to load.

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torch import nn
+from torch import Tensor
 
 from digitnet import figures
 from digitnet.augment import RandomAffine
 from digitnet.data import MNISTDataModule
 from digitnet.errors import to_one_line
 from digitnet.study.page import render_page, write_file
+
+Augmentation = Callable[[Tensor], Tensor]
 
 NUM_DRAWS = 8
 # Source: the write-up's Keras layers, RandomRotation(0.05) and RandomTranslation(0.1, 0.1).
@@ -134,7 +137,7 @@ def draw_pictures(module: MNISTDataModule, seed: int) -> list[Picture]:
         ),
     ]  # fmt: skip
     originals = np.stack([images[np.flatnonzero(labels == digit)[0]] for digit in range(10) if digit in labels])
-    previews: dict[str, tuple[str, str, nn.Module]] = dict(WRITEUP_PREVIEWS)
+    previews: dict[str, tuple[str, str, Augmentation]] = dict(WRITEUP_PREVIEWS)
     chosen = module.augmentation
     if chosen is not None and all(repr(chosen) != repr(transform) for *_, transform in previews.values()):
         previews["augmentation"] = ("The config's own", "The augmentation that the config names", chosen)
@@ -164,7 +167,7 @@ def draw_pictures(module: MNISTDataModule, seed: int) -> list[Picture]:
     return pictures
 
 
-def draw_augmented(augmentation: nn.Module, originals: np.ndarray, num_draws: int, seed: int) -> np.ndarray:
+def draw_augmented(augmentation: Augmentation, originals: np.ndarray, num_draws: int, seed: int) -> np.ndarray:
     """Augment each image several times, all in one batch, as in training.
 
     Args:

@@ -94,8 +94,10 @@ def report(run: Path | None = None) -> None:
         write_file(run / "report" / f"{name}.png", png)
     write_file(run / "report" / "report.html", page)
     num_errors, num_images = int((~results.correct).sum()), len(results.labels)
-    print(f"{run / 'report' / 'report.html'}: accuracy {_accuracy(num_errors, num_images)}, "
-          f"{num_errors:,} mistakes in {num_images:,} images")  # fmt: skip
+    print(
+        f"{run / 'report' / 'report.html'}: accuracy {100 * (1 - num_errors / num_images):.2f} %, "
+        f"{figures.format_count(num_errors, 'mistake')} in {num_images:,} images"
+    )
 
 
 # --- what a run's folder holds ----------------------------------------------------------------------------------------
@@ -377,8 +379,8 @@ def _tell_known_wrong(results: Results, wrong: Array, seen: dict[int, int | None
         return ""
     agreed = sum(seen[i] == results.predictions[i] for i in marked)
     return (
-        f"{len(marked)} of these {len(wrong):,} images carry a label that people, shown the image, found wrong "
-        f"(Northcutt et al. 2021); in {agreed} of them the network read what the people saw."
+        f"people, shown the image, saw something else than the label in {len(marked)} of these {len(wrong):,} "
+        f"(Northcutt et al. 2021). The network read what they saw in {agreed}."
     )
 
 
@@ -448,7 +450,7 @@ def _compare(results: Results, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _row(network: str, distortions: str, num_errors: int, num_images: int, *, ours: bool = False) -> dict[str, Any]:
-    source = f"{num_errors:,} mistakes in {num_images:,}"
+    source = f"{figures.format_count(num_errors, 'mistake')} in {num_images:,}"
     return {
         "network": network,
         "distortions": distortions,
