@@ -131,6 +131,7 @@ def draw_class_balance(counts: Mapping[str, Array]) -> Figure:
         axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         axes.set_xticks(range(10), [f"{digit}\n{count:,}" for digit, count in enumerate(split_counts)])
+        axes.set_xlim(-0.55, 9.55)
         _plain(axes)
     _note(figure, "Below each bar its digit and its number of images. Dashed: equal shares.")
     return figure

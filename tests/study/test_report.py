@@ -277,7 +277,7 @@ def test_labels_known_to_be_wrong_are_marked_and_still_count(tmp_path: Path) -> 
     assert len(KNOWN_WRONG) == 13
     page = make_mnist_page(tmp_path, 65_000, [65_937, 66_651, 69_679, 69_000])  # people see 3, 6, no digit
     assert [card.split("#")[1] for card in page.cards["mistakes"]] == [
-        "65937 label wrong: 3", "66651 label wrong: 6", "69000", "69679 label wrong: no digit",
+        "65937 people see 3", "66651 people see 6", "69000", "69679 people see no digit",
     ]  # fmt: skip
     assert "saw something else than the label in 3 of these 4" in page.text
     assert "The network read what they saw in 1." in page.text

@@ -356,7 +356,7 @@ def _card(results: Results, i: int, seen: dict[int, int | None], *, mark_mistake
     confidence = figures.format_percent(float(results.confidences[i]))
     mark = "mistake" if mark_mistakes and actual != predicted else ""
     if i in seen:
-        mark = f"label wrong: {'no digit' if seen[i] is None else seen[i]}"
+        mark = f"people see {'no digit' if seen[i] is None else seen[i]}"
     return {
         "picture": embed_digit(results.images[i]),
         "title": f"{actual} / {predicted}",
