@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -17,6 +18,11 @@ COMMANDS = {
     "fit": ("digitnet.cli:main", "train; TensorBoard logs and checkpoints go to lightning_logs/"),
     "validate": ("digitnet.cli:main", "score the newest run's best checkpoint on its validation set"),
     "test": ("digitnet.cli:main", "score the newest run's best checkpoint on its test set; writes <run>/report/"),
+    "explore": (
+        "digitnet.study.explore:explore",
+        "pictures of the data: samples, class balance, augmentation previews",
+    ),
+    "report": ("digitnet.study.report:report", "the report.html of a tested run: history, mistakes, confusions"),
     "convert": ("digitnet.apply.keras_weights:convert", "Keras weights (.h5, .weights.h5, .keras) to .ckpt, and back"),
 }
 
@@ -76,12 +82,15 @@ def main(args: list[str] | None = None) -> int:
 
 def run_function(function: Callable[..., Any], command: str, args: list[str]) -> None:
     """Call a function with arguments parsed by its signature; its docstring is the ``--help`` text."""
-    from jsonargparse import ArgumentParser, auto_cli
+    from jsonargparse import ArgumentParser
 
     class Parser(OneLineErrors, ArgumentParser):
         pass
 
-    auto_cli(function, args=args, prog=f"python -m digitnet {command}", parser_class=Parser, allow_abbrev=False)
+    summary = (inspect.getdoc(function) or "").partition("\n\nArgs:")[0]
+    parser = Parser(prog=f"python -m digitnet {command}", description=summary, allow_abbrev=False)
+    parser.add_function_arguments(function, as_group=False, as_positional=True)
+    function(**vars(parser.instantiate(parser.parse_args(args))))
 
 
 if __name__ == "__main__":

@@ -135,11 +135,13 @@ class WriteScores(Callback):
     Args:
         checkpoint: the checkpoint scored.
         run_dir: its run's folder; None puts ``report/`` beside the checkpoint.
+        command: what was typed, for the record.
     """
 
-    def __init__(self, checkpoint: Path, run_dir: Path | None) -> None:
+    def __init__(self, checkpoint: Path, run_dir: Path | None, command: str) -> None:
         self.checkpoint = checkpoint
         self.run_dir = run_dir
+        self.command = command
         self.report_dir = (run_dir or checkpoint.absolute().parent) / "report"
         self.logits: list[Tensor] = []
         self.labels: list[Tensor] = []
@@ -197,6 +199,8 @@ class WriteScores(Callback):
             "accuracy": 1 - num_errors / num_images,
             "loss": float(trainer.callback_metrics[f"{subset}/loss"]),
             "config_sha256": hashlib.sha256(config.read_bytes()).hexdigest() if config else None,
+            "seed": os.environ.get("PL_GLOBAL_SEED"),
+            "command": self.command,
             "precision": str(trainer.precision),
             "versions": list_versions(),
             "hardware": describe_hardware(),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shlex
 import sys
 import tempfile
 import warnings
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from jsonargparse import DefaultHelpFormatter
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import (
     EarlyStopping,
@@ -44,6 +46,7 @@ from digitnet.machine import choose_precision
 LOG_DIR = Path("lightning_logs")
 FIT_HINT = "python -m digitnet fit --config configs/final.yaml"
 
+USAGE = "python -m digitnet {} [--config FILE.yaml] [--flag value ...]"
 DESCRIPTIONS = {
     "fit": f"""Train a digit classifier.
   {FIT_HINT}
@@ -85,6 +88,10 @@ def find_run(checkpoint: Path) -> Path | None:
     return run if checkpoint.parent.name == "checkpoints" and (run / "config.yaml").is_file() else None
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """jsonargparse's help, with the lines of the description as they were written."""
+
+
 class DigitParser(OneLineErrors, LightningArgumentParser):
     """LightningCLI's parser, with one-line errors, and flags written out in full."""
 
@@ -100,6 +107,7 @@ class DigitCLI(LightningCLI):
     """
 
     def __init__(self, args: list[str]) -> None:
+        self.command = shlex.join(["python", "-m", "digitnet", *args])
         self.checkpoint: Path | None = None
         self.run_dir: Path | None = None  # of the checkpoint, when it lies in a run's folder
         super().__init__(
@@ -117,7 +125,10 @@ class DigitCLI(LightningCLI):
                     "init_args": {"save_dir": str(LOG_DIR), "name": "digitnet", "default_hp_metric": False},
                 },
             },
-            parser_kwargs={name: {"description": text} for name, text in DESCRIPTIONS.items()},
+            parser_kwargs={
+                "formatter_class": HelpFormatter,
+                **{name: {"description": text, "usage": USAGE.format(name)} for name, text in DESCRIPTIONS.items()},
+            },
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -188,7 +199,7 @@ class DigitCLI(LightningCLI):
                 callbacks.append(PrintEpochs())
         else:
             assert self.checkpoint is not None
-            callbacks.append(WriteScores(self.checkpoint, self.run_dir))
+            callbacks.append(WriteScores(self.checkpoint, self.run_dir, self.command))
         return self._instantiate_trainer({**settings, "callbacks": callbacks, **kwargs}, [])
 
     def fit(self, model: DigitClassifier, **kwargs: Any) -> None:
