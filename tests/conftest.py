@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,17 +22,19 @@ QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 Run = Callable[..., int]
 
 
-@pytest.fixture(autouse=True)
-def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="session", autouse=True)
+def _no_network() -> Iterator[None]:
     """A test that opens a connection to another machine fails."""
     connect = socket.socket.connect
 
-    def guarded(self: socket.socket, address: object) -> None:
+    def guarded(self: socket.socket, address: Any) -> None:
         if isinstance(address, tuple) and address[0] not in ("127.0.0.1", "::1", "localhost"):
             raise AssertionError(f"a test tried to reach {address}")
-        connect(self, address)  # type: ignore[arg-type]
+        connect(self, address)
 
-    monkeypatch.setattr(socket.socket, "connect", guarded)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", guarded)
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -54,16 +58,24 @@ def digitnet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     return run
 
 
-def has_mnist() -> bool:
-    """Whether the data home holds MNIST, as our cache or as scikit-learn's."""
-    home = Path(get_data_home())
-    return (home / "digitnet" / "mnist_784.npz").exists() or any(home.glob("openml/**/mnist_784.arff.gz"))
+@pytest.fixture(scope="session")
+def mnist_home(tmp_path_factory: pytest.TempPathFactory) -> Path | None:
+    """A data home with MNIST in it; None when it is not at hand.
+
+    A copy of what scikit-learn keeps of it, as scikit-learn deletes what it fails to parse; else of our cache.
+    """
+    home, copy = Path(get_data_home()), tmp_path_factory.mktemp("home")
+    for folder, name in (("openml", "mnist_784.arff.gz"), ("digitnet", "mnist_784.npz")):
+        if any((home / folder).rglob(name)):
+            shutil.copytree(home / folder, copy / folder)
+            return copy
+    return None
 
 
 @pytest.fixture(scope="session")
-def real_digits() -> Digits:
+def real_digits(mnist_home: Path | None) -> Digits:
     """MNIST's 70,000 digits where they are at hand, else scikit-learn's 1,797."""
-    return fetch_digits("mnist" if has_mnist() else "digits")
+    return fetch_digits("mnist", mnist_home) if mnist_home else fetch_digits("digits")
 
 
 SHORT = ("--trainer.max_epochs", 2, "--trainer.limit_train_batches", 4, "--trainer.precision", "32-true")

@@ -59,18 +59,23 @@ class Bomb:
 
 def test_foreign_checkpoints_are_refused_in_one_line(tmp_path: Path) -> None:
     model = DigitClassifier()
-    good = {"state_dict": model.state_dict()}
-    resized = {"state_dict": {**model.state_dict(), "net.fc3.weight": torch.zeros(26, 64)}}
-    torch.save(good, tmp_path / "good.ckpt")
-    verify_checkpoint(tmp_path / "good.ckpt")
+    trainer = L.Trainer(accelerator="cpu", max_epochs=0, **QUIET)  # type: ignore[arg-type]
+    loader = DataLoader(TensorDataset(torch.zeros(1, 1, 28, 28), torch.zeros(1, dtype=torch.long)))
+    trainer.fit(model, loader, loader)
+    trainer.save_checkpoint(tmp_path / "good.ckpt")
+    verify_checkpoint(tmp_path / "good.ckpt", to_resume=True)
+    good = torch.load(tmp_path / "good.ckpt", weights_only=True)
+    torch.save({"state_dict": good["state_dict"]}, tmp_path / "bare.ckpt")
+    torch.save({**good, "state_dict": [1, 2]}, tmp_path / "listed.ckpt")
 
     (tmp_path / "text.ckpt").write_text("not a checkpoint")
     (tmp_path / "empty.ckpt").touch()
     whole = (tmp_path / "good.ckpt").read_bytes()
     (tmp_path / "truncated.ckpt").write_bytes(whole[: len(whole) // 2])
     torch.save([1, 2], tmp_path / "list.ckpt")
-    torch.save(resized, tmp_path / "resized.ckpt")
-    torch.save({"state_dict": {"encoder.weight": torch.zeros(3)}}, tmp_path / "other.ckpt")
+    resized = {**good["state_dict"], "net.fc3.weight": torch.zeros(26, 64)}
+    torch.save({**good, "state_dict": resized}, tmp_path / "resized.ckpt")
+    torch.save({**good, "state_dict": {"encoder.weight": torch.zeros(3)}}, tmp_path / "other.ckpt")
     (tmp_path / "bomb.ckpt").write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
     expected = {
         "missing": "no such file",
@@ -78,6 +83,8 @@ def test_foreign_checkpoints_are_refused_in_one_line(tmp_path: Path) -> None:
         "empty": "not a checkpoint that can be read safely",
         "truncated": "not a checkpoint that can be read safely",
         "list": "no state_dict",
+        "bare": "no pytorch-lightning_version",
+        "listed": "its state_dict is no dict",
         "resized": r"another architecture: net.fc3.weight should be \[10, 64\], and is \[26, 64\]",
         "other": "another architecture: encoder.weight should be none",
         "bomb": "not a checkpoint that can be read safely",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import gzip
 import hashlib
@@ -23,7 +22,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from sklearn.datasets import get_data_home, load_digits
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from digitnet.data import (
@@ -46,18 +45,11 @@ forks = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:Depreca
 
 
 @pytest.fixture(scope="module")
-def mnist(tmp_path_factory: pytest.TempPathFactory) -> Digits:
-    """The real MNIST, decoded by scikit-learn from its own cache where that is at hand, else from ours."""
-    home = Path(get_data_home())
-    if (home / "openml").exists():
-        copy = tmp_path_factory.mktemp("home")  # a copy: scikit-learn deletes what it cannot parse
-        shutil.copytree(home / "openml", copy / "openml")
-        with pytest.MonkeyPatch.context() as patch, contextlib.suppress(OSError):  # the cache of other data sets
-            patch.setattr(socket, "getaddrinfo", no_network)
-            return sources._fetch_openml(copy)
-    with contextlib.suppress(FileNotFoundError):
-        return cache.load_cache(home / "digitnet" / "mnist_784.npz")
-    pytest.skip("MNIST is not at hand: fetch it once with python -m digitnet fit, or set SCIKIT_LEARN_DATA")
+def mnist(mnist_home: Path | None) -> Digits:
+    """The real MNIST."""
+    if mnist_home is None:
+        pytest.skip("MNIST is not at hand: fetch it once with python -m digitnet fit, or set SCIKIT_LEARN_DATA")
+    return fetch_digits("mnist", mnist_home)
 
 
 def no_network(host: str, *args: Any, **kwargs: Any) -> None:

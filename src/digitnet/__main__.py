@@ -18,10 +18,7 @@ COMMANDS = {
     "fit": ("digitnet.cli:main", "train; TensorBoard logs and checkpoints go to lightning_logs/"),
     "validate": ("digitnet.cli:main", "score the newest run's best checkpoint on its validation set"),
     "test": ("digitnet.cli:main", "score the newest run's best checkpoint on its test set; writes <run>/report/"),
-    "explore": (
-        "digitnet.study.explore:explore",
-        "pictures of the data: samples, class balance, augmentation previews",
-    ),
+    "explore": ("digitnet.study.explore:explore", "pictures of the data: samples, class balance, augmentation"),
     "report": ("digitnet.study.report:report", "the report.html of a tested run: history, mistakes, confusions"),
     "convert": ("digitnet.apply.keras_weights:convert", "Keras weights (.h5, .weights.h5, .keras) to .ckpt, and back"),
 }

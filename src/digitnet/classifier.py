@@ -8,8 +8,9 @@ from typing import Any
 import lightning as L
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import CyclicLR, OneCycleLR, ReduceLROnPlateau
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -28,9 +29,10 @@ class DigitClassifier(L.LightningModule):
         dropout: probability of dropping a unit after each hidden dense layer, in [0, 1).
         conv_dropout: probability of dropping a value after each pooling, in [0, 1).
         optimizer: any torch optimizer, by class path or name; its arguments follow as ``init_args``.
-        lr_scheduler: any torch learning-rate schedule, stepped once an epoch; none by default.
-        channels_last: keep weights and images in channels-last memory format. By default, where it is the faster one:
-            on CPU and CUDA.
+        lr_scheduler: any torch learning-rate schedule, stepped once an epoch (OneCycleLR and CyclicLR: once a step);
+            none by default.
+        channels_last: keep the weights in channels-last memory format, which the images then follow. By default, where
+            it is the faster one: on CPU and CUDA.
     """
 
     def __init__(
@@ -107,9 +109,12 @@ class DigitClassifier(L.LightningModule):
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
+        settings: dict[str, Any] = {"scheduler": scheduler, "interval": "epoch"}
+        if isinstance(scheduler, (OneCycleLR, CyclicLR)):
+            settings["interval"] = "step"  # what these two count
         if isinstance(scheduler, ReduceLROnPlateau):
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": scheduler.monitor}}
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+            settings["monitor"] = getattr(scheduler, "monitor", "val/loss")  # Lightning's own class has one
+        return {"optimizer": optimizer, "lr_scheduler": settings}
 
 
 def verify_checkpoint(path: Path, to_resume: bool = False) -> None:
@@ -130,8 +135,11 @@ def verify_checkpoint(path: Path, to_resume: bool = False) -> None:
     except Exception as error:  # a foreign file can fail in any way
         reason = str(error).split(". ")[0].split("\n")[0]
         raise ValueError(f"{path} is not a checkpoint that can be read safely: {reason}") from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise ValueError(f"{path} is not a Lightning checkpoint: it has no state_dict")
+    for key in ("state_dict", "pytorch-lightning_version"):
+        if not isinstance(checkpoint, dict) or key not in checkpoint:
+            raise ValueError(f"{path} is not a Lightning checkpoint: it has no {key}")
+    if not isinstance(checkpoint["state_dict"], dict):
+        raise ValueError(f"{path} is not a Lightning checkpoint: its state_dict is no dict")
     with torch.device("meta"):
         expected = {f"net.{name}": weight.shape for name, weight in DigitNet().state_dict().items()}
     found = {name: weight.shape for name, weight in checkpoint["state_dict"].items() if isinstance(weight, Tensor)}

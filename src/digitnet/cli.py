@@ -20,30 +20,33 @@ import lightning as L
 from jsonargparse import DefaultHelpFormatter
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import (
-    EarlyStopping,
     LearningRateMonitor,
-    ModelCheckpoint,
+    ProgressBar,
     TQDMProgressBar,
 )
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from digitnet.callbacks import (
     HyperparameterSummary,
     PrintEpochs,
     RestoreBestWeights,
     ResumeHint,
+    RunCheckpoint,
+    RunEarlyStopping,
     SeedEachEpoch,
     Throughput,
-    WriteScores,
+    WholeCheckpointIO,
 )
 from digitnet.classifier import DigitClassifier, verify_checkpoint
 from digitnet.data import MNISTDataModule
-from digitnet.errors import OneLineErrors
+from digitnet.errors import OneLineErrors, nearest_name
 from digitnet.machine import choose_precision
+from digitnet.scores import WriteScores
 
 LOG_DIR = Path("lightning_logs")
+METRICS = ("train/loss", "train/acc", "val/loss", "val/acc")
 FIT_HINT = "python -m digitnet fit --config configs/final.yaml"
 
 USAGE = "python -m digitnet {} [--config FILE.yaml] [--flag value ...]"
@@ -99,6 +102,10 @@ class DigitParser(OneLineErrors, LightningArgumentParser):
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
 
+class PathFinder(OneLineErrors, argparse.ArgumentParser):
+    """Reads ``--ckpt_path`` ahead of everything else."""
+
+
 class DigitCLI(LightningCLI):
     """LightningCLI for DigitClassifier on MNISTDataModule.
 
@@ -120,6 +127,7 @@ class DigitCLI(LightningCLI):
             trainer_defaults={
                 "max_epochs": 200,
                 "num_sanity_val_steps": 0,
+                "enable_autolog_hparams": False,  # HyperparameterSummary logs more of them
                 "logger": {
                     "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
                     "init_args": {"save_dir": str(LOG_DIR), "name": "digitnet", "default_hp_metric": False},
@@ -132,9 +140,9 @@ class DigitCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_lightning_class_args(EarlyStopping, "early_stopping")
-        parser.add_lightning_class_args(ModelCheckpoint, "best_checkpoint")
-        parser.add_lightning_class_args(ModelCheckpoint, "last_checkpoint")
+        parser.add_lightning_class_args(RunEarlyStopping, "early_stopping")
+        parser.add_lightning_class_args(RunCheckpoint, "best_checkpoint")
+        parser.add_lightning_class_args(RunCheckpoint, "last_checkpoint")
         ours = {"auto_insert_metric_name": False, "enable_version_counter": False}
         best = {"monitor": "val/acc", "mode": "max", "filename": "best", "save_weights_only": True, **ours}
         # Not ModelCheckpoint's save_last: that one is written only when a best one is.
@@ -146,12 +154,13 @@ class DigitCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        return {name: skip for name, skip in LightningCLI.subcommands().items() if name in DESCRIPTIONS}
+        decided_here = {"verbose", "weights_only"}
+        return {name: skip | decided_here for name, skip in LightningCLI.subcommands().items() if name in DESCRIPTIONS}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Put the settings of the checkpoint's run before what was typed, as if typed first."""
         subcommand, *flags = args
-        finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        finder = PathFinder(add_help=False, allow_abbrev=False)
         finder.add_argument("--ckpt_path", default=None if subcommand == "fit" else "best")
         ckpt_path = finder.parse_known_args(flags)[0].ckpt_path
         if ckpt_path is not None and not {"-h", "--help"} & set(flags):
@@ -170,29 +179,52 @@ class DigitCLI(LightningCLI):
             super()._parse_ckpt_path()
 
     def before_instantiate_classes(self) -> None:
-        trainer = self.config[self.subcommand].trainer
-        if trainer.precision is None:
-            trainer.precision, reason = choose_precision(trainer.accelerator)
-            rank_zero_info(f"precision {trainer.precision}: {reason} (--trainer.precision overrides)")
+        config = self.config[self.subcommand]
         if self.subcommand != "fit":
-            trainer.logger = False
-        elif self.run_dir and hasattr(trainer.logger, "init_args"):
-            name, version = self.run_dir.parent.name, self.run_dir.name
-            for key, value in (("save_dir", self.run_dir.parent.parent), ("name", name), ("version", version)):
-                trainer.logger.init_args[key] = str(value)
-        if self.subcommand != "fit" or self.run_dir:
+            # Every image is scored, whatever the training left out; nothing is logged.
+            config.trainer.logger = config.trainer.fast_dev_run = False
+            config.trainer.limit_val_batches = config.trainer.limit_test_batches = 1.0
             self.save_config_callback = None
+            return
+        for key in ("early_stopping", "best_checkpoint"):
+            if config[key].monitor not in METRICS:
+                near = nearest_name(config[key].monitor, METRICS) or f"; there are {', '.join(METRICS)}"
+                raise ValueError(f"{key}.monitor is {config[key].monitor}, which is not logged{near}")
+        if self.run_dir:
+            self._go_on_in(self.run_dir, config.trainer.logger)
+        if config.trainer.logger is False:
+            self.save_config_callback = None  # there is no folder for it
+
+    def _go_on_in(self, run_dir: Path, logger: Any) -> None:
+        """Make the logger write into an existing run's folder, where config.yaml will have the settings in force."""
+        if not str(getattr(logger, "class_path", "")).endswith("TensorBoardLogger"):
+            raise ValueError(f"going on in {run_dir} needs its TensorBoardLogger; leave --trainer.logger out")
+        logger.init_args.save_dir = str(run_dir.parent.parent)
+        logger.init_args.name = run_dir.parent.name
+        logger.init_args.version = run_dir.name
+        self.save_config_kwargs["overwrite"] = True
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         settings = self._get(self.config_init, "trainer")
-        callbacks = list(settings.callbacks or [])
-        watched = sys.stdout.isatty() and settings.enable_progress_bar is not False
-        if watched:
+        callbacks = settings.callbacks or []
+        callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
+        watched = any(isinstance(callback, ProgressBar) for callback in callbacks)
+        if not watched and sys.stdout.isatty() and settings.enable_progress_bar is not False:
             callbacks.append(TQDMProgressBar(leave=True))
-        kwargs["enable_progress_bar"] = watched
+            watched = True
+        if settings.precision is None:
+            kwargs["precision"], reason = choose_precision(settings.accelerator)
+            rank_zero_info(f"precision {kwargs['precision']}: {reason} (--trainer.precision overrides)")
         if self.subcommand == "fit":
+            config = self.config["fit"]
+            summary = {"seed": config.seed_everything, "precision": kwargs.get("precision", settings.precision)}
+            summary |= {key: config[key].as_dict() for key in ("model", "data")}
+            config.ckpt_path = None  # config.yaml describes a run, not this call; with it, a new one can be started
+            if self.run_dir:
+                config.trainer.logger.init_args.version = None
             callbacks += [self._get(self.config_init, key) for key in self._parser("fit").callback_keys]
-            callbacks += [SeedEachEpoch(), Throughput(), HyperparameterSummary(), RestoreBestWeights(), ResumeHint()]
+            callbacks += [SeedEachEpoch(), Throughput(), HyperparameterSummary(summary)]
+            callbacks += [RestoreBestWeights(), ResumeHint()]
             if settings.logger is not False:
                 callbacks.append(LearningRateMonitor(logging_interval="epoch"))
             if not watched:
@@ -200,28 +232,33 @@ class DigitCLI(LightningCLI):
         else:
             assert self.checkpoint is not None
             callbacks.append(WriteScores(self.checkpoint, self.run_dir, self.command))
+        plugins = settings.plugins or []
+        kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), WholeCheckpointIO()]
+        kwargs["enable_progress_bar"] = watched
         return self._instantiate_trainer({**settings, "callbacks": callbacks, **kwargs}, [])
 
     def fit(self, model: DigitClassifier, **kwargs: Any) -> None:
-        # Data and log folder first: where either is wrong, no half-made run is left behind.
+        # Data, optimizer and log folder first: where one of them is wrong, no half-made run is left behind.
         self.datamodule.setup("fit")
+        model.configure_optimizers()
         for logger in self.trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 verify_writable(Path(logger.log_dir))
         try:
-            self.trainer.fit(model, **kwargs)
+            self.trainer.fit(model, **kwargs, weights_only=True)
         except SystemExit:  # how Lightning ends after Ctrl-C
             if self.trainer.interrupted:
                 sys.exit(130)
             raise
 
     def validate(self, model: DigitClassifier, **kwargs: Any) -> None:
-        self.trainer.validate(model, **{**kwargs, "verbose": False, "weights_only": True})
+        self.trainer.validate(model, **kwargs, verbose=False, weights_only=True)
 
     def test(self, model: DigitClassifier, **kwargs: Any) -> None:
-        self.trainer.test(model, **{**kwargs, "verbose": False, "weights_only": True})
+        self.trainer.test(model, **kwargs, verbose=False, weights_only=True)
 
 
+@rank_zero_only
 def verify_writable(folder: Path) -> None:
     """Raise OSError unless files can be made in a folder, which is created if need be."""
     try:

@@ -295,4 +295,4 @@ def _require(package: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise ValueError(f'Keras files need the package {package} ({error}): pip install "digitnet[keras]"') from error
+        raise ValueError(f'Keras files need the package {package} ({error}): pip install -e ".[keras]"') from error

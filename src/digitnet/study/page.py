@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from digitnet.files import replace_whole
 
 
 def render_page(template: str, **values: Any) -> bytes:
@@ -45,12 +46,6 @@ def embed_digit(image: np.ndarray) -> str:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write all or nothing: a temporary file beside it, then renamed into place. Missing folders are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    """Write all or nothing. Missing folders are made."""
+    with replace_whole(path) as part:
         part.write_bytes(data)
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise

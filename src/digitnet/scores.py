@@ -1,0 +1,114 @@
+"""What ``test`` and ``validate`` leave behind."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import yaml
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from digitnet.files import replace_whole
+from digitnet.machine import describe_hardware, list_versions
+
+
+class WriteScores(Callback):
+    """Print and keep what ``test`` or ``validate`` found, in the run's ``report/`` folder.
+
+    ``metrics.json`` and ``predictions.csv``; for ``validate``, both names begin with ``validate_``.
+
+    Args:
+        checkpoint: the checkpoint scored.
+        run_dir: its run's folder; None puts ``report/`` beside the checkpoint.
+        command: what was typed, for the record.
+    """
+
+    def __init__(self, checkpoint: Path, run_dir: Path | None, command: str) -> None:
+        self.checkpoint = checkpoint
+        self.run_dir = run_dir
+        self.command = command
+        self.report_dir = (run_dir or checkpoint.absolute().parent) / "report"
+        self.logits: list[Tensor] = []
+        self.labels: list[Tensor] = []
+
+    def on_test_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        self._collect(*args)
+
+    def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        self._collect(*args)
+
+    def _collect(self, logits: Tensor, batch: tuple[Tensor, Tensor], *_: int) -> None:
+        self.logits.append(logits.cpu())
+        self.labels.append(batch[1].cpu())
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._write(trainer, "test", prefix="")
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._write(trainer, "val", prefix="validate_")
+
+    def _gather(self, trainer: L.Trainer) -> tuple[Tensor, Tensor]:
+        """Logits (N, 10) and labels (N,) of all processes, in the order of the data set."""
+        logits, labels = torch.cat(self.logits), torch.cat(self.labels)
+        if trainer.world_size == 1:
+            return logits, labels
+        shards: list[Any] = [None] * trainer.world_size
+        torch.distributed.all_gather_object(shards, (logits, labels))
+        logits, labels = (torch.cat(parts) for parts in zip(*shards, strict=True))
+        # Process r scored images r, r + world_size, r + 2 * world_size ...
+        indices = torch.cat([torch.arange(rank, len(labels), trainer.world_size) for rank in range(trainer.world_size)])
+        order = indices.argsort()
+        return logits[order], labels[order]
+
+    def _write(self, trainer: L.Trainer, subset: str, prefix: str) -> None:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        start = sum(data.split[: ("train", "val", "test").index(subset)])
+        num_images = data.split[("train", "val", "test").index(subset)]
+        logits, labels = self._gather(trainer)
+        if not trainer.is_global_zero:
+            return
+        assert len(labels) == num_images, f"{len(labels)} images scored of {num_images}"
+        confidence, prediction = logits.softmax(dim=1).max(dim=1)
+        num_errors = int((prediction != labels).sum())
+        config = (self.run_dir / "config.yaml").read_bytes() if self.run_dir else None
+        stored = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        metrics = {
+            "dataset": data.source,
+            "subset": subset,
+            "split": list(data.split),
+            "first_index": start,
+            "checkpoint": str(self.checkpoint),
+            "epoch": stored.get("epoch"),
+            "num_images": num_images,
+            "num_errors": num_errors,
+            "accuracy": 1 - num_errors / num_images,
+            "loss": float(trainer.callback_metrics[f"{subset}/loss"]),
+            "config_sha256": hashlib.sha256(config).hexdigest() if config else None,
+            "seed": yaml.safe_load(config).get("seed_everything") if config else None,
+            "command": self.command,
+            "precision": str(trainer.precision),
+            "versions": list_versions(),
+            "hardware": describe_hardware(),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        rows = ["index,label,prediction,confidence"]
+        for offset, row in enumerate(zip(labels.tolist(), prediction.tolist(), confidence.tolist(), strict=True)):
+            rows.append(f"{start + offset},{row[0]},{row[1]},{row[2]:.6f}")
+        with replace_whole(self.report_dir / f"{prefix}predictions.csv") as part:
+            part.write_text("\n".join(rows) + "\n")
+        with replace_whole(self.report_dir / f"{prefix}metrics.json") as part:
+            part.write_text(json.dumps(metrics, indent=2) + "\n")
+        print(
+            f"images    {num_images:,} ({data.source}, {start:,} to {start + num_images - 1:,})\n"
+            f"accuracy  {metrics['accuracy']:.2%}\n"
+            f"mistakes  {num_errors:,}\n"
+            f"loss      {metrics['loss']:.4f}\n"
+            f"report    {os.path.relpath(self.report_dir)}"
+        )
