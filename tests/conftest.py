@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # workers that fight for the cores are slower than one; read when torch starts
+
 import shutil
 import socket
 from collections.abc import Callable, Iterator

@@ -20,6 +20,10 @@ COMMANDS = {
     "test": ("digitnet.cli:main", "score the newest run's best checkpoint on its test set; writes <run>/report/"),
     "explore": ("digitnet.study.explore:explore", "pictures of the data: samples, class balance, augmentation"),
     "report": ("digitnet.study.report:report", "the report.html of a tested run: history, mistakes, confusions"),
+    "ablate": (
+        "digitnet.study.ablation:ablate",
+        "train a folder of configs, several seeds each; a table of results",
+    ),
     "convert": ("digitnet.apply.keras_weights:convert", "Keras weights (.h5, .weights.h5, .keras) to .ckpt, and back"),
 }
 
