@@ -224,7 +224,8 @@ def make_other_zip(good: Path, bad: Path) -> None:
 
 
 def make_foreign_checkpoint(good: Path, bad: Path) -> None:
-    torch.save({"state_dict": {"net.conv1.weight": torch.zeros(8, 1, 3, 3)}}, bad)
+    state_dict = {"net.conv1.weight": torch.zeros(8, 1, 3, 3)}
+    torch.save({"state_dict": state_dict, "pytorch-lightning_version": "2.6.6"}, bad)
 
 
 class Touch:
@@ -315,6 +316,6 @@ def test_missing_package(
     package: str, target: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
-    with pytest.raises(ValueError, match=rf'package {package} .*: pip install "digitnet\[keras\]"'):
+    with pytest.raises(ValueError, match=rf'package {package} .*: pip install -e "\.\[keras\]"'):
         convert(checkpoint, tmp_path / target)
     assert not any(tmp_path.iterdir())
