@@ -109,20 +109,20 @@ def test_test_takes_the_newest_best_checkpoint_and_scores_each_image_once(
     images, labels = load_bundled_digits()
     model = DigitClassifier.load_from_checkpoint(run / "checkpoints" / "best.ckpt", weights_only=True).eval()
     with torch.no_grad():
-        probabilities = model(torch.from_numpy(images[-250:])[:, None]).softmax(1)
-    assert [int(row["index"]) for row in rows] == list(range(1547, 1797))
-    assert [int(row["label"]) for row in rows] == labels[-250:].tolist()
+        probabilities = model(torch.from_numpy(images[-180:])[:, None]).softmax(1)
+    assert [int(row["index"]) for row in rows] == list(range(1617, 1797))
+    assert [int(row["label"]) for row in rows] == labels[-180:].tolist()
     assert [int(row["prediction"]) for row in rows] == probabilities.argmax(1).tolist()
     confidence = torch.tensor([float(row["confidence"]) for row in rows])
     torch.testing.assert_close(confidence, probabilities.amax(1), atol=1e-4, rtol=0)
     num_errors = sum(row["label"] != row["prediction"] for row in rows)
-    assert 0 < num_errors < 250
-    assert (metrics["num_images"], metrics["num_errors"]) == (250, num_errors)
-    assert metrics["accuracy"] == pytest.approx(1 - num_errors / 250)
-    picked = probabilities[torch.arange(250), torch.from_numpy(labels[-250:]).long()]
+    assert 0 < num_errors < 180
+    assert (metrics["num_images"], metrics["num_errors"]) == (180, num_errors)
+    assert metrics["accuracy"] == pytest.approx(1 - num_errors / 180)
+    picked = probabilities[torch.arange(180), torch.from_numpy(labels[-180:]).long()]
     assert metrics["loss"] == pytest.approx(-picked.log().mean().item(), rel=1e-3)
     assert metrics["config_sha256"] == hashlib.sha256((run / "config.yaml").read_bytes()).hexdigest()
-    assert (metrics["dataset"], metrics["split"]) == ("digits", [1297, 250, 250])
+    assert (metrics["dataset"], metrics["split"]) == ("digits", [1437, 180, 180])
     assert metrics["versions"]["torch"].startswith(torch.__version__.split("+")[0])
     assert metrics["hardware"]
     assert {path.name for path in logs.glob("*/*")} == {"version_0", "older"}  # no folder for the test itself
@@ -142,10 +142,10 @@ def test_a_checkpoint_outside_a_run_is_scored_with_the_flags_given(
     digitnet: Run, trained_run: Path, tmp_path: Path
 ) -> None:
     shutil.copy(trained_run / "checkpoints" / "best.ckpt", tmp_path / "mine.ckpt")
-    flags = ("--data.source", "digits", "--data.split", "[1297, 250, 250]")
+    flags = ("--data.source", "digits", "--data.split", "[1437, 180, 180]")
     assert digitnet("test", "--ckpt_path", "mine.ckpt", *flags) == 0
     metrics = json.loads((tmp_path / "report" / "metrics.json").read_text())
-    assert (metrics["num_images"], metrics["config_sha256"]) == (250, None)
+    assert (metrics["num_images"], metrics["config_sha256"]) == (180, None)
 
 
 def test_other_optimizers_and_schedules_come_from_flags(digitnet: Run, tmp_path: Path) -> None:

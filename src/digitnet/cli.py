@@ -183,7 +183,7 @@ class DigitCLI(LightningCLI):
         if self.subcommand != "fit":
             # Every image is scored, whatever the training left out; nothing is logged.
             config.trainer.logger = config.trainer.fast_dev_run = False
-            config.trainer.limit_val_batches = config.trainer.limit_test_batches = 1.0
+            config.trainer.limit_val_batches = config.trainer.limit_test_batches = None
             self.save_config_callback = None
             return
         for key in ("early_stopping", "best_checkpoint"):
