@@ -82,7 +82,11 @@ def real_digits(mnist_home: Path | None) -> Digits:
     return fetch_digits("mnist", mnist_home) if mnist_home else fetch_digits("digits")
 
 
-SHORT = ("--trainer.max_epochs", 2, "--trainer.limit_train_batches", 4, "--trainer.precision", "32-true")
+# Two epochs of four steps, and no time spent on pictures.
+SHORT = (
+    "--trainer.max_epochs", 2, "--trainer.limit_train_batches", 4, "--trainer.precision", "32-true",
+    "--pictures.every_n_epochs", 0,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="session")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
+
+Augmentation = Callable[[Tensor], Tensor]
 
 
 def affine(images: Tensor, angle_deg: Tensor, shift_frac: Tensor) -> Tensor:
@@ -87,3 +91,31 @@ class RandomAffine(v2.Transform):
         warped = affine(inpt, **params) if inpt.ndim == 4 else affine(inpt[None], **params)[0]
         result: Tensor = tv_tensors.wrap(warped, like=inpt)  # an Image stays an Image
         return result
+
+
+def preview_augmentation(augmentation: Augmentation, originals: np.ndarray, num_draws: int, seed: int) -> np.ndarray:
+    """Augment each image several times, all in one batch, as in training.
+
+    Args:
+        augmentation: from images (B, 1, 28, 28) uint8 to images; uint8, or floating point in [0, 1].
+        originals: (R, 28, 28) uint8.
+        num_draws: D, draws of each.
+        seed: of the draws; the generators of the caller are left as they were.
+
+    Returns:
+        (R, D, 28, 28), levels in [0, 255].
+
+    Raises:
+        ValueError: images come back in another shape.
+    """
+    batch = torch.from_numpy(originals).repeat_interleave(num_draws, dim=0)[:, None]  # (R * D, 1, 28, 28)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        augmented = augmentation(batch)
+    if augmented.shape != batch.shape:
+        raise ValueError(
+            f"data.augmentation turned images {tuple(batch.shape)} into {tuple(augmented.shape)}; the shape must stay"
+        )
+    levels = augmented * 255 if augmented.is_floating_point() else augmented
+    preview: np.ndarray = levels.numpy().reshape(len(originals), num_draws, 28, 28)
+    return preview

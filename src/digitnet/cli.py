@@ -43,6 +43,7 @@ from digitnet.classifier import DigitClassifier, verify_checkpoint
 from digitnet.data import MNISTDataModule
 from digitnet.errors import OneLineErrors, nearest_name
 from digitnet.machine import choose_precision
+from digitnet.pictures import Pictures
 from digitnet.scores import WriteScores
 
 LOG_DIR = Path("lightning_logs")
@@ -143,6 +144,7 @@ class DigitCLI(LightningCLI):
         parser.add_lightning_class_args(RunEarlyStopping, "early_stopping")
         parser.add_lightning_class_args(RunCheckpoint, "best_checkpoint")
         parser.add_lightning_class_args(RunCheckpoint, "last_checkpoint")
+        parser.add_lightning_class_args(Pictures, "pictures")
         ours = {"auto_insert_metric_name": False, "enable_version_counter": False}
         best = {"monitor": "val/acc", "mode": "max", "filename": "best", "save_weights_only": True, **ours}
         # Not ModelCheckpoint's save_last: that one is written only when a best one is.

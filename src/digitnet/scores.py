@@ -1,4 +1,4 @@
-"""What ``test`` and ``validate`` leave behind."""
+"""What the network said of each image, and what ``test`` and ``validate`` leave behind of it."""
 
 from __future__ import annotations
 
@@ -19,43 +19,31 @@ from digitnet.files import replace_whole
 from digitnet.machine import describe_hardware, list_versions
 
 
-class WriteScores(Callback):
-    """Print and keep what ``test`` or ``validate`` found, in the run's ``report/`` folder.
+class CollectScores(Callback):
+    """Keeps what the network said of each image of a validation or a test, for callbacks that build on it."""
 
-    ``metrics.json`` and ``predictions.csv``; for ``validate``, both names begin with ``validate_``.
-
-    Args:
-        checkpoint: the checkpoint scored.
-        run_dir: its run's folder; None puts ``report/`` beside the checkpoint.
-        command: what was typed, for the record.
-    """
-
-    def __init__(self, checkpoint: Path, run_dir: Path | None, command: str) -> None:
-        self.checkpoint = checkpoint
-        self.run_dir = run_dir
-        self.command = command
-        self.report_dir = (run_dir or checkpoint.absolute().parent) / "report"
+    def __init__(self) -> None:
         self.logits: list[Tensor] = []
         self.labels: list[Tensor] = []
 
-    def on_test_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        self._collect(*args)
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.logits, self.labels = [], []
+
+    def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.logits, self.labels = [], []
 
     def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        self._collect(*args)
+
+    def on_test_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         self._collect(*args)
 
     def _collect(self, logits: Tensor, batch: tuple[Tensor, Tensor], *_: int) -> None:
         self.logits.append(logits.cpu())
         self.labels.append(batch[1].cpu())
 
-    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._write(trainer, "test", prefix="")
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._write(trainer, "val", prefix="validate_")
-
-    def _gather(self, trainer: L.Trainer) -> tuple[Tensor, Tensor]:
-        """Logits (N, 10) and labels (N,) of all processes, in the order of the data set."""
+    def gather(self, trainer: L.Trainer) -> tuple[Tensor, Tensor]:
+        """Logits (N, 10) and labels (N,) of all processes, in the order of the data set; all of them must call it."""
         logits, labels = torch.cat(self.logits), torch.cat(self.labels)
         if trainer.world_size == 1:
             return logits, labels
@@ -67,11 +55,36 @@ class WriteScores(Callback):
         order = indices.argsort()
         return logits[order], labels[order]
 
+
+class WriteScores(CollectScores):
+    """Print and keep what ``test`` or ``validate`` found, in the run's ``report/`` folder.
+
+    ``metrics.json`` and ``predictions.csv``; for ``validate``, both names begin with ``validate_``.
+
+    Args:
+        checkpoint: the checkpoint scored.
+        run_dir: its run's folder; None puts ``report/`` beside the checkpoint.
+        command: what was typed, for the record.
+    """
+
+    def __init__(self, checkpoint: Path, run_dir: Path | None, command: str) -> None:
+        super().__init__()
+        self.checkpoint = checkpoint
+        self.run_dir = run_dir
+        self.command = command
+        self.report_dir = (run_dir or checkpoint.absolute().parent) / "report"
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._write(trainer, "test", prefix="")
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._write(trainer, "val", prefix="validate_")
+
     def _write(self, trainer: L.Trainer, subset: str, prefix: str) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
         start = sum(data.split[: ("train", "val", "test").index(subset)])
         num_images = data.split[("train", "val", "test").index(subset)]
-        logits, labels = self._gather(trainer)
+        logits, labels = self.gather(trainer)
         if not trainer.is_global_zero:
             return
         assert len(labels) == num_images, f"{len(labels)} images scored of {num_images}"

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from digitnet.augment import RandomAffine
-from digitnet.study.explore import NUM_DRAWS, draw_augmented, draw_pictures, explore, load_data_module, read_config
+from digitnet.augment import RandomAffine, preview_augmentation
+from digitnet.study.explore import NUM_DRAWS, draw_pictures, explore, load_data_module, read_config
 
 DIGITS = "data:\n  source: digits\n  split: [1297, 250, 250]\n"
 AUGMENTATION = """\
@@ -56,7 +56,7 @@ def test_a_config_with_the_writeups_augmentation_marks_it_and_draws_it_once() ->
 
 def test_draws_repeat_with_the_seed_and_leave_the_callers_random_numbers_alone() -> None:
     before = torch.get_rng_state()
-    first, again, other = (draw_augmented(RandomAffine(), ORIGINALS, NUM_DRAWS, seed) for seed in (1, 1, 2))
+    first, again, other = (preview_augmentation(RandomAffine(), ORIGINALS, NUM_DRAWS, seed) for seed in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), before)
     assert first.shape == (3, NUM_DRAWS, 28, 28)
     np.testing.assert_array_equal(first, again)
@@ -66,7 +66,7 @@ def test_draws_repeat_with_the_seed_and_leave_the_callers_random_numbers_alone()
 
 def test_draws_keep_the_order_of_the_originals_and_the_scale_of_uint8() -> None:
     for augmentation in (RandomAffine(0, 0), v2.ToDtype(torch.float32, scale=True)):
-        draws = draw_augmented(augmentation, ORIGINALS, 2, seed=0)
+        draws = preview_augmentation(augmentation, ORIGINALS, 2, seed=0)
         np.testing.assert_allclose(draws, np.stack([ORIGINALS, ORIGINALS], axis=1), atol=1e-3)
 
 

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from digitnet import figures
-from digitnet.augment import RandomAffine
+from digitnet.augment import Augmentation, RandomAffine, preview_augmentation
 from digitnet.data import MNISTDataModule
 from digitnet.errors import to_one_line
 from digitnet.study.page import render_page, write_file
-
-Augmentation = Callable[[Tensor], Tensor]
 
 NUM_DRAWS = 8
 # Source: the write-up's Keras layers, RandomRotation(0.05) and RandomTranslation(0.1, 0.1).
@@ -142,7 +137,7 @@ def draw_pictures(module: MNISTDataModule, seed: int) -> list[Picture]:
     if chosen is not None and all(repr(chosen) != repr(transform) for *_, transform in previews.values()):
         previews["augmentation"] = ("The config's own", "The augmentation that the config names", chosen)
     for name, (heading, title, transform) in previews.items():
-        draws = draw_augmented(transform, originals, NUM_DRAWS, seed)
+        draws = preview_augmentation(transform, originals, NUM_DRAWS, seed)
         used = "This is what the config trains with" if repr(transform) == repr(chosen) else ""
         if name == "augmentation":
             used += f": {' '.join(repr(transform).split())}"
@@ -165,31 +160,3 @@ def draw_pictures(module: MNISTDataModule, seed: int) -> list[Picture]:
         )
     )
     return pictures
-
-
-def draw_augmented(augmentation: Augmentation, originals: np.ndarray, num_draws: int, seed: int) -> np.ndarray:
-    """Augment each image several times, all in one batch, as in training.
-
-    Args:
-        augmentation: from images (B, 1, 28, 28) uint8 to images; uint8, or floating point in [0, 1].
-        originals: (R, 28, 28) uint8.
-        num_draws: D, draws of each.
-        seed: of the draws; the generators of the caller are left as they were.
-
-    Returns:
-        (R, D, 28, 28), levels in [0, 255].
-
-    Raises:
-        ValueError: images come back in another shape.
-    """
-    batch = torch.from_numpy(originals).repeat_interleave(num_draws, dim=0)[:, None]  # (R * D, 1, 28, 28)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
-        augmented = augmentation(batch)
-    if augmented.shape != batch.shape:
-        raise ValueError(
-            f"data.augmentation turned images {tuple(batch.shape)} into {tuple(augmented.shape)}; the shape must stay"
-        )
-    levels = augmented * 255 if augmented.is_floating_point() else augmented
-    preview: np.ndarray = levels.numpy().reshape(len(originals), num_draws, 28, 28)
-    return preview

@@ -1,0 +1,97 @@
+"""What TensorBoard shows beside curves: pictures of the augmentation, the confusions and the mistakes, and a layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import numpy as np
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from digitnet.augment import preview_augmentation
+from digitnet.scores import CollectScores
+
+NUM_ORIGINALS, NUM_DRAWS = 8, 8  # of the grid of augmented images
+MAX_MISTAKES = 24
+# The page of custom scalars: training and validation in one chart each. TensorBoard reads the tags as expressions.
+LAYOUT = {
+    "training": {
+        "loss": ["Multiline", ["train/loss", "val/loss"]],
+        "accuracy": ["Multiline", ["train/acc", "val/acc"]],
+    },
+    "pace": {
+        "images a second": ["Multiline", ["train/images_per_s"]],
+        "learning rate": ["Multiline", ["lr-.*"]],
+    },
+}
+
+
+class Pictures(CollectScores):
+    """Give TensorBoard pictures of a run: augmented training images at the start, then the state of the validation.
+
+    Confusion matrix, mistakes and a precision-recall curve per digit, of the last validation before each is drawn.
+
+    Args:
+        every_n_epochs: how often they are drawn, which takes about a second; after the last epoch too. 0 draws nothing.
+
+    Raises:
+        ValueError: ``every_n_epochs`` is negative.
+    """
+
+    def __init__(self, every_n_epochs: int = 5) -> None:
+        super().__init__()
+        if every_n_epochs < 0:
+            raise ValueError(f"pictures.every_n_epochs is {every_n_epochs}; it is a number of epochs, or 0 for none")
+        self.every_n_epochs = every_n_epochs
+        self.drawn_step = 0  # when they were drawn last
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.global_step > 0 or self.every_n_epochs == 0:
+            return
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        for writer in self._find_writers(trainer):
+            writer.add_custom_scalars(LAYOUT)
+            if data.augmentation is not None:
+                self._draw_augmentation(data, writer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        due = self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        if due and not trainer.sanity_checking:
+            self._draw_validation(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.every_n_epochs and self.labels and self.drawn_step != trainer.global_step:
+            self._draw_validation(trainer)
+
+    @staticmethod
+    def _find_writers(trainer: L.Trainer) -> list[Any]:
+        """The event files to write to; none but on the first of several processes."""
+        if not trainer.is_global_zero:
+            return []
+        return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+
+    @staticmethod
+    def _draw_augmentation(data: Any, writer: Any) -> None:
+        from digitnet import figures  # matplotlib takes a second that other commands need not wait for
+
+        originals = data.datasets[0].images[:NUM_ORIGINALS, 0].numpy()
+        draws = preview_augmentation(data.augmentation, originals, NUM_DRAWS, seed=0)
+        figure = figures.draw_augmentation(originals, draws, "The first training images, augmented")
+        writer.add_figure("train/augmentation", figure, 0, close=False)
+
+    def _draw_validation(self, trainer: L.Trainer) -> None:
+        from digitnet import figures
+
+        self.drawn_step = step = trainer.global_step
+        logits, labels = (scores.numpy() for scores in self.gather(trainer))
+        images = trainer.datamodule.datasets[1].images[: len(labels), 0].numpy()  # type: ignore[attr-defined]
+        odds = np.exp(logits - logits.max(axis=1, keepdims=True))
+        probabilities = odds / odds.sum(axis=1, keepdims=True)
+        predictions, confidences = probabilities.argmax(axis=1), probabilities.max(axis=1)
+        for writer in self._find_writers(trainer):
+            confusion = figures.draw_confusion(labels, predictions)
+            mistakes = figures.draw_mistakes(images, labels, predictions, confidences, limit=MAX_MISTAKES)
+            writer.add_figure("val/confusion", confusion, step, close=False)
+            writer.add_figure("val/mistakes", mistakes, step, close=False)
+            for digit in range(10):
+                writer.add_pr_curve(f"val/digit_{digit}", labels == digit, probabilities[:, digit], step)
