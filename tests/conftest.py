@@ -48,10 +48,12 @@ def _fixed_seed() -> None:
 
 @pytest.fixture
 def digitnet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run a digitnet command in this process, in an empty folder; returns its exit code."""
+    """Run a digitnet command in this process, in an empty folder; returns its exit code. ``test`` draws no report."""
+    from digitnet import __main__
     from digitnet.__main__ import main
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(__main__, "FOLLOW_UPS", {})  # it takes seconds
 
     def run(*args: object) -> int:
         try:

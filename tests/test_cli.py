@@ -356,3 +356,20 @@ def test_bad_input_is_told_in_one_line(
     assert len(errors) == 1
     assert line in errors[0]
     assert set(tmp_path.rglob("*")) == before
+
+
+def test_test_leaves_a_report_to_open(
+    digitnet: Run,
+    trained_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("digitnet.__main__.FOLLOW_UPS", {"test": "digitnet.study.report:report"})  # as it is for people
+    run = tmp_path / "lightning_logs" / "quickstart" / "version_0"
+    shutil.copytree(trained_run, run)
+    assert digitnet("test") == 0
+    num_errors = json.loads((run / "report" / "metrics.json").read_text())["num_errors"]
+    assert f"report.html: accuracy {100 * (1 - num_errors / 180):.2f} %" in capsys.readouterr().out
+    assert (run / "report" / "report.html").stat().st_size > 100_000
+    assert digitnet("validate") == 0  # which leaves the test's report alone

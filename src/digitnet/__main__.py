@@ -17,15 +17,21 @@ from digitnet.errors import OneLineErrors, nearest_name, to_one_line
 COMMANDS = {
     "fit": ("digitnet.cli:main", "train; TensorBoard logs and checkpoints go to lightning_logs/"),
     "validate": ("digitnet.cli:main", "score the newest run's best checkpoint on its validation set"),
-    "test": ("digitnet.cli:main", "score the newest run's best checkpoint on its test set; writes <run>/report/"),
+    "test": (
+        "digitnet.cli:main",
+        "score the newest run's best checkpoint on its test set; writes <run>/report/report.html",
+    ),
     "explore": ("digitnet.study.explore:explore", "pictures of the data: samples, class balance, augmentation"),
-    "report": ("digitnet.study.report:report", "the report.html of a tested run: history, mistakes, confusions"),
+    "report": ("digitnet.study.report:report", "write the report.html of a tested run again"),
     "ablate": (
         "digitnet.study.ablation:ablate",
         "train a folder of configs, several seeds each; a table of results",
     ),
     "convert": ("digitnet.apply.keras_weights:convert", "Keras weights (.h5, .weights.h5, .keras) to .ckpt, and back"),
 }
+
+# What follows a command of Lightning's once it is done, given the run's folder.
+FOLLOW_UPS = {"test": "digitnet.study.report:report"}
 
 HELP = """\
 digitnet: read handwritten digits; a small, complete example of PyTorch Lightning.
@@ -63,11 +69,12 @@ def main(args: list[str] | None = None) -> int:
         near = nearest_name(command, COMMANDS)
         print(f"digitnet: error: no command {command!r}{near} (python -m digitnet --help lists them)", file=sys.stderr)
         return 2
-    module, _, name = COMMANDS[command][0].partition(":")
     try:
-        function = getattr(import_module(module), name)
-        if module == "digitnet.cli":
-            function(args)
+        function = load_function(COMMANDS[command][0])
+        if function.__module__ == "digitnet.cli":
+            cli = function(args)
+            if command in FOLLOW_UPS and cli.run_dir and cli.trainer.is_global_zero:
+                load_function(FOLLOW_UPS[command])(cli.run_dir)
         else:
             run_function(function, command, args[1:])
     except (ValueError, OSError) as error:
@@ -79,6 +86,13 @@ def main(args: list[str] | None = None) -> int:
         print("digitnet: stopped", file=sys.stderr)
         return 130
     return 0
+
+
+def load_function(place: str) -> Callable[..., Any]:
+    """Import a function named as ``module:function``."""
+    module, _, name = place.partition(":")
+    function: Callable[..., Any] = getattr(import_module(module), name)
+    return function
 
 
 def run_function(function: Callable[..., Any], command: str, args: list[str]) -> None:

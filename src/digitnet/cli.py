@@ -67,8 +67,8 @@ Data and model settings are those of the checkpoint's run; flags given here come
     "test": """Score a trained checkpoint on its test images, each once.
   python -m digitnet test                            the newest run's best checkpoint
   python -m digitnet test --ckpt_path FILE.ckpt
-Writes metrics.json and predictions.csv into the run's report/ folder. Data and model settings are those of the
-checkpoint's run; flags given here come on top.""",
+Writes metrics.json, predictions.csv and a page with figures, report.html, into the run's report/ folder. Data and model
+settings are those of the checkpoint's run; flags given here come on top.""",
 }
 
 
