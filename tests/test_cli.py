@@ -93,6 +93,12 @@ def test_fit_leaves_a_complete_run(trained_run: Path) -> None:
     for tag in ("train/loss", "train/acc", "val/loss", "val/acc", "train/images_per_s", "lr-Adam"):
         assert len(scalars(trained_run, tag)) == 2, tag
     assert scalars(trained_run, "hp/val_acc")[-1][1] == max(value for _, value in scalars(trained_run, "val/acc"))
+    compared = yaml.safe_load((trained_run / "hparams.yaml").read_text())  # what TensorBoard's HPARAMS page shows
+    assert compared["optimizer"] == "Adam"
+    assert compared["optimizer/lr"] == 0.001
+    assert compared["augmentation"] == "RandomAffine"
+    assert compared["split"] == [1437, 180, 180]
+    assert "channels_last" not in compared  # left to the hardware
 
 
 def test_test_takes_the_newest_best_checkpoint_and_scores_each_image_once(

@@ -118,15 +118,33 @@ class PrintEpochs(Callback):
         rank_zero_info(f"epoch {trainer.current_epoch}  " + "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
 
 
+def flatten_settings(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings of a config under short names for a table; those left open (None) are left out.
+
+    ``{"optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.001}}}`` becomes
+    ``{"optimizer": "Adam", "optimizer/lr": 0.001}``.
+    """
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = "/".join(filter(None, (prefix, key)))
+        if key == "class_path":
+            flat[prefix] = value.rpartition(".")[2]
+        elif isinstance(value, dict):
+            flat |= flatten_settings(value, prefix if key == "init_args" else name)
+        elif value is not None:
+            flat[name] = list(value) if isinstance(value, tuple) else value  # which YAML cannot say plainly
+    return flat
+
+
 class HyperparameterSummary(Callback):
     """Give TensorBoard's HPARAMS page the run's settings and ``hp/val_acc``, the best validation accuracy so far.
 
     Args:
-        settings: what the page compares runs by; nested dicts become names with slashes.
+        settings: what the page compares runs by, as a config has it.
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        self.settings = settings
+        self.settings = flatten_settings(settings)
         self.best = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -220,7 +220,7 @@ class DigitCLI(LightningCLI):
         if self.subcommand == "fit":
             config = self.config["fit"]
             summary = {"seed": config.seed_everything, "precision": kwargs.get("precision", settings.precision)}
-            summary |= {key: config[key].as_dict() for key in ("model", "data")}
+            summary |= {**config.model.as_dict(), **config.data.as_dict()}
             config.ckpt_path = None  # config.yaml describes a run, not this call; with it, a new one can be started
             if self.run_dir:
                 config.trainer.logger.init_args.version = None
