@@ -27,6 +27,7 @@ COMMANDS = {
         "digitnet.study.ablation:ablate",
         "train a folder of configs, several seeds each; a table of results",
     ),
+    "benchmark": ("digitnet.study.benchmark:benchmark", "speed here and now, beside plain PyTorch and Keras"),
     "convert": ("digitnet.apply.keras_weights:convert", "Keras weights (.h5, .weights.h5, .keras) to .ckpt, and back"),
 }
 

@@ -274,6 +274,18 @@ def verify_writable(folder: Path) -> None:
         ) from error
 
 
+def hide_noise() -> None:
+    """Filter out what is not for our users: a summary's remark on bfloat16, the like, and advertisements."""
+    warnings.filterwarnings("ignore", message=".*does not have many workers")
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # going on with a run
+    warnings.filterwarnings("ignore", message="Precision .* is not supported by the model summary")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="The number of training batches .* is smaller than the logging interval")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "Tip:" not in record.getMessage()
+    )
+
+
 def main(args: list[str]) -> DigitCLI:
     """Run ``fit``, ``validate`` or ``test``.
 
@@ -286,15 +298,7 @@ def main(args: list[str]) -> DigitCLI:
     Raises:
         ValueError, OSError: a setting, a file or the data is wrong; one line says which and what to do.
     """
-    # Not for our users: data in memory needs no workers, a model summary needs no bfloat16, and advertisements.
-    warnings.filterwarnings("ignore", message=".*does not have many workers")
-    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # going on with a run
-    warnings.filterwarnings("ignore", message="Precision .* is not supported by the model summary")
-    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", category=FutureWarning)
-    warnings.filterwarnings("ignore", message="The number of training batches .* is smaller than the logging interval")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "Tip:" not in record.getMessage()
-    )
+    hide_noise()
     try:
         return DigitCLI(args)
     except MisconfigurationException as error:

@@ -1,0 +1,354 @@
+"""How fast training is, here and now: what a step is made of, the machine's ceiling, and ``fit`` beside other loops.
+
+Everything is measured in turns: before each epoch of ``fit``, a plain PyTorch loop and Keras (where it is installed)
+train for as many steps, so that whatever else the machine does falls on all of them. The first turn warms up and does
+not count. Ratios carry over to other machines of the kind; absolute figures do not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from digitnet.classifier import DigitClassifier
+from digitnet.cli import DigitCLI, hide_noise
+from digitnet.data import MNISTDataModule
+from digitnet.machine import describe_hardware, list_versions
+from digitnet.study.page import write_file
+
+COMPLAINTS = "keras.stderr"
+PARTS = ("data", "augmentation", "forward", "backward", "optimizer")
+FIT, STEPS, PLAIN, KERAS = "fit, whole epochs", "fit, steps alone", "plain PyTorch, steps alone", "Keras, whole epochs"
+
+
+def benchmark(
+    config: Path = Path("configs/final.yaml"),
+    steps: int = 188,
+    rounds: int = 5,
+    quick: bool = False,
+    keras_python: str | None = None,
+    output: Path | None = None,
+) -> None:
+    """Measure training speed: the parts of a step, the machine's ceiling, and fit beside plain PyTorch and Keras.
+
+    Args:
+        config: a config of fit, whose recipe is timed.
+        steps: training steps of a turn, 188 is a tenth of MNIST's epoch; validation is scaled with them.
+        rounds: turns that count.
+        quick: 20 steps and 2 turns, under half a minute; rough.
+        keras_python: the Python of an environment with TensorFlow and Keras; by default this one, if it has them.
+        output: write the figures here as JSON, and the tables beside it as Markdown.
+
+    Raises:
+        ValueError: there is nothing to time, or Keras cannot be run.
+        OSError: the config or the data cannot be read, or the output cannot be written.
+    """
+    if quick:
+        steps, rounds = 20, 2
+    if min(steps, rounds) < 1:
+        raise ValueError(f"steps is {steps} and rounds {rounds}; each must be at least 1")
+    if not config.is_file():
+        raise FileNotFoundError(f"{config}: no such config; give one with --config")
+    with tempfile.TemporaryDirectory() as folder:
+        turns = Turns(steps, keras_python, Path(folder))
+        cli = time_fit(config, steps, rounds, turns, folder)
+    result = {
+        "command": f"python -m digitnet benchmark --config {config.as_posix()} --steps {steps} --rounds {rounds}",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "hardware": describe_hardware(),
+        "threads": torch.get_num_threads(),
+        "versions": {**list_versions(), **turns.keras_versions},
+        "precision": str(cli.trainer.precision),
+        "batch_size": turns.plain.batch_size,
+        **turns.plain.describe(),
+        "images_per_s": {
+            name: [turns.plain.batch_size * steps / seconds for seconds in times[1:]]
+            for name, times in turns.seconds.items()
+        },
+        "peak_memory_bytes": peak_memory_bytes(turns.plain.device),
+    }
+    text = render_result(result)
+    print(text)
+    if output:
+        write_file(output, (json.dumps(result, indent=2) + "\n").encode())
+        write_file(output.with_suffix(".md"), text.encode())
+
+
+def time_fit(config: Path, steps: int, rounds: int, turns: Turns, folder: str) -> DigitCLI:
+    """Run the real ``fit`` of a config for ``rounds`` + 1 short epochs, with everything else taking turns."""
+
+    class TimedCLI(DigitCLI):
+        def instantiate_trainer(self, **settings: Any) -> L.Trainer:
+            trainer = super().instantiate_trainer(**settings)
+            trainer.callbacks.insert(0, turns)  # first: the others' clocks start after the turns of plain and Keras
+            return trainer
+
+    val_batches = max(1, round(10 * steps / 1875))  # as many to a step as in the write-up's epoch
+    flags = [f"--trainer.max_epochs={rounds + 1}", f"--trainer.limit_train_batches={steps}"]
+    flags += [f"--trainer.limit_val_batches={val_batches}", f"--trainer.logger.save_dir={folder}"]
+    flags += ["--trainer.devices=1", "--trainer.enable_model_summary=false"]
+    flags += [f"--early_stopping.patience={rounds + 1}", "--pictures.every_n_epochs=0"]
+    hide_noise()
+    return TimedCLI(["fit", "--config", str(config), *flags])
+
+
+class Turns(Callback):
+    """Before each epoch of ``fit``, lets the other loops train for as many steps; keeps everyone's seconds.
+
+    Args:
+        steps: of a turn.
+        keras_python: the Python to run Keras with; None looks whether this one can.
+        folder: for the data that Keras is given.
+    """
+
+    def __init__(self, steps: int, keras_python: str | None, folder: Path) -> None:
+        if keras_python is None and find_spec("tensorflow") and find_spec("keras"):
+            keras_python = sys.executable
+        self.steps, self.keras_python, self.folder = steps, keras_python, folder
+        self.seconds: dict[str, list[float]] = {FIT: [], STEPS: [], PLAIN: []}
+        self.keras_versions: dict[str, str] = {}
+        self.start: float | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(pl_module, DigitClassifier)
+        self.plain = PlainLoop(pl_module, data, str(trainer.precision))
+        self.keras = start_keras(self.keras_python, data, self.steps, self.folder) if self.keras_python else None
+        if self.keras:
+            self.seconds[KERAS] = []
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._end_epoch()
+        self.seconds[PLAIN].append(self.plain.train(self.steps))
+        if self.keras:
+            answer = ask_keras(self.keras, self.folder / COMPLAINTS)
+            self.seconds[KERAS].append(answer["seconds"])
+            self.keras_versions = answer["versions"]
+        self.start = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        if trainer.is_last_batch and self.start is not None:
+            synchronize(pl_module.device)
+            self.seconds[STEPS].append(time.perf_counter() - self.start)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._end_epoch()
+        if self.keras:
+            self.keras.terminate()
+
+    def _end_epoch(self) -> None:
+        if self.start is not None:
+            self.seconds[FIT].append(time.perf_counter() - self.start)
+
+
+# --- the plain loop ---------------------------------------------------------------------------------------------------
+
+
+class PlainLoop:
+    """The same recipe without Lightning: the network, optimizer, augmentation and precision of a ``fit`` under way.
+
+    Args:
+        module: the module that ``fit`` trains, copied.
+        data: its data.
+        precision: the Trainer's.
+    """
+
+    def __init__(self, module: DigitClassifier, data: MNISTDataModule, precision: str) -> None:
+        self.device, self.batch_size = module.device, data.batch_size
+        self.dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float32
+        self.dataset, self.augmentation = data.datasets[0], data.augmentation
+        self.net = copy.deepcopy(module.net)
+        self.optimizer = module.optimizer(self.net.parameters())
+
+    def train(self, steps: int, mark: Callable[[str], None] = lambda part: None) -> float:
+        """Train a number of steps on images picked at random, and return the seconds it took.
+
+        Args:
+            steps: how many.
+            mark: called with the name of each part of a step once it is done.
+        """
+        start = time.perf_counter()
+        for _ in range(steps):
+            picks = torch.randint(len(self.dataset), (self.batch_size,))
+            images, labels = (part.to(self.device) for part in (self.dataset.images[picks], self.dataset.labels[picks]))
+            mark("data")
+            if self.augmentation is not None:
+                images = self.augmentation(images)
+            mark("augmentation")
+            loss = self.compute_loss(images, labels)
+            mark("forward")
+            self.optimizer.zero_grad()
+            loss.backward()
+            mark("backward")
+            self.optimizer.step()
+            mark("optimizer")
+        synchronize(self.device)
+        return time.perf_counter() - start
+
+    def compute_loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            logits = self.net(images)
+        return F.cross_entropy(logits.float(), labels)
+
+    def describe(self, steps: int = 50) -> dict[str, Any]:
+        """Milliseconds of each part of a step, operations of an image, and the machine's ceiling."""
+        times: dict[str, list[float]] = {part: [] for part in PARTS}
+        last = time.perf_counter()
+
+        def mark(part: str) -> None:
+            nonlocal last
+            synchronize(self.device)
+            now = time.perf_counter()
+            times[part].append(1000 * (now - last))
+            last = now
+
+        self.train(steps, mark)
+        images, labels = (
+            part[: self.batch_size].to(self.device) for part in (self.dataset.images, self.dataset.labels)
+        )
+        with FlopCounterMode(display=False) as counter:
+            self.compute_loss(images, labels).backward()
+        return {
+            "step_ms": {part: median(values) for part, values in times.items()},
+            "flop_per_image": counter.get_total_flops() / self.batch_size,
+            "ceiling_flop_per_s": measure_ceiling(self.device, self.dtype),
+        }
+
+
+def measure_ceiling(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a large square matrix product: the best of a dozen."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    seconds = []
+    for _ in range(12):
+        synchronize(device)
+        start = time.perf_counter()
+        a @ b
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU to finish what it was given; a CPU has nothing to wait for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory used so far: of the GPU, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+# --- Keras ------------------------------------------------------------------------------------------------------------
+
+
+def start_keras(python: str, data: MNISTDataModule, steps: int, folder: Path) -> subprocess.Popen[str]:
+    """Start the process that trains the write-up's model in Keras, a turn for each line it is sent.
+
+    Raises:
+        ValueError: there is no such Python.
+    """
+    train, val, _ = data.datasets
+    sizes = {"train": steps * data.batch_size, "val": max(1, round(10 * steps / 1875)) * data.eval_batch_size}
+    arrays = {}
+    for name, dataset in (("train", train), ("val", val)):
+        picks = np.arange(sizes[name]) % len(dataset)
+        arrays |= {f"{name}_images": dataset.images[picks, 0].numpy(), f"{name}_labels": dataset.labels[picks].numpy()}
+    np.savez(folder / "round.npz", **arrays)
+    script = Path(__file__).with_name("keras_rounds.py")
+    command = [python, str(script), str(folder / "round.npz"), str(data.batch_size), str(data.eval_batch_size)]
+    pipe = subprocess.PIPE
+    try:
+        with (folder / COMPLAINTS).open("w") as complaints:
+            return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=complaints, text=True)
+    except OSError as error:
+        raise ValueError(f"keras_python is {python}, which cannot be run ({error.strerror})") from error
+
+
+def ask_keras(process: subprocess.Popen[str], complaints: Path) -> dict[str, Any]:
+    """Let Keras take its turn.
+
+    Args:
+        process: what ``start_keras`` started.
+        complaints: the file that its standard error goes to.
+
+    Returns:
+        Its ``seconds`` and ``versions``.
+
+    Raises:
+        ValueError: it has ended.
+    """
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.write("\n")
+        process.stdin.flush()
+    line = process.stdout.readline()
+    if not line:
+        last = (complaints.read_text().strip().splitlines() or ["no message"])[-1]
+        raise ValueError(f"Keras has ended: {last}; leave --keras_python out to go without it")
+    answer: dict[str, Any] = json.loads(line)
+    return answer
+
+
+# --- the tables -------------------------------------------------------------------------------------------------------
+
+
+def render_result(result: dict[str, Any]) -> str:
+    """The figures as Markdown tables."""
+    speeds = {name: median(each) for name, each in result["images_per_s"].items()}
+    ceiling, flop = result["ceiling_flop_per_s"], result["flop_per_image"]
+    lines = ["| | images/s, median | lowest to highest | ms a step | share of ceiling |", "|---|---|---|---|---|"]
+    for name, each in result["images_per_s"].items():
+        speed = speeds[name]
+        share = "" if name == KERAS else f"{100 * speed * flop / ceiling:.0f} %"  # in another precision
+        step_ms = 1000 * result["batch_size"] / speed
+        lines.append(f"| {name} | {speed:,.0f} | {min(each):,.0f} to {max(each):,.0f} | {step_ms:.1f} | {share} |")
+    lines += ["", f"| {' | '.join(PARTS)} | framework |", "|---" * (len(PARTS) + 1) + "|"]
+    framework_ms = 1000 * result["batch_size"] * (1 / speeds[STEPS] - 1 / speeds[PLAIN])
+    lines.append("| " + " | ".join(f"{x:.2f} ms" for x in (*result["step_ms"].values(), framework_ms)) + " |")
+    ratios = [f"fit steps / plain PyTorch: {_ratio(result, STEPS, PLAIN)}"]
+    if KERAS in speeds:
+        ratios.append(f"fit / Keras: {_ratio(result, FIT, KERAS)}")
+    lines += [
+        "",
+        f"Ratios, median of the turns: {'; '.join(ratios)}. Ceiling: {ceiling / 1e9:,.0f} GFLOP/s, the best of a dozen "
+        f"square matrix products in {'bfloat16' if result['precision'].startswith('bf16') else 'float32'}; a training "
+        f"step takes {flop / 1e6:,.0f} MFLOP an image. Peak memory {result['peak_memory_bytes'] / 2**20:,.0f} MiB.",
+        "",
+        f"{result['hardware']}, {result['threads']} threads, batch {result['batch_size']}, {result['precision']}; "
+        f"{', '.join(f'{name} {number}' for name, number in result['versions'].items())}; {result['date'][:10]}; "
+        f"`{result['command']}`",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _ratio(result: dict[str, Any], ours: str, theirs: str) -> str:
+    pairs = zip(result["images_per_s"][ours], result["images_per_s"][theirs], strict=True)
+    ratios = [a / b for a, b in pairs]
+    return f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"

@@ -1,0 +1,70 @@
+"""The benchmark's figures against what can be counted by hand; speeds themselves are not tested."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import QUICKSTART, Run
+
+from digitnet.study.benchmark import FIT, KERAS, PARTS, PLAIN, STEPS, render_result
+
+# Multiplications of an image: pixels x kernel x channels in x channels out, layer by layer.
+CONV1 = 28 * 28 * 49 * 64
+REST = 14 * 14 * 9 * (64 * 128 + 128 * 128) + 7 * 7 * 9 * (128 * 256 + 256 * 256) + 2304 * 128 + 128 * 64 + 64 * 10
+
+
+def test_a_short_benchmark_of_the_real_fit(digitnet: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--steps", 2, "--rounds", 1, "--output", "speed.json")
+    assert digitnet("benchmark", "--config", QUICKSTART, *flags) == 0
+    result = json.loads((tmp_path / "speed.json").read_text())
+    assert {name: len(each) for name, each in result["images_per_s"].items()} == {FIT: 1, STEPS: 1, PLAIN: 1}
+    assert set(result["step_ms"]) == set(PARTS)
+    assert min(result["step_ms"].values()) > 0
+    # Forward, gradient of the weights, gradient of the input; the first layer needs no gradient of its input.
+    assert result["flop_per_image"] == 2 * (2 * CONV1 + 3 * REST)
+    assert result["ceiling_flop_per_s"] > 1e8
+    assert result["peak_memory_bytes"] > 2**26
+    assert (tmp_path / "speed.md").read_text() in capsys.readouterr().out
+    assert not (tmp_path / "lightning_logs").exists()  # it leaves no run behind
+
+
+def test_tables_of_known_figures() -> None:
+    result: dict[str, Any] = {
+        "images_per_s": {FIT: [90, 100, 80], STEPS: [100, 110, 90], PLAIN: [125, 110, 100], KERAS: [30, 25, 20]},
+        "step_ms": dict.fromkeys(PARTS, 1.5), "flop_per_image": 5e8, "ceiling_flop_per_s": 1e11, "batch_size": 32,
+        "precision": "bf16-mixed", "threads": 2, "hardware": "a machine", "versions": {"torch": "2"},
+        "date": "2026-11-23", "command": "benchmark", "peak_memory_bytes": 2**30,
+    }  # fmt: skip
+    text = render_result(result)
+    assert "| fit, steps alone | 100 | 90 to 110 | 320.0 | 50 % |" in text  # 100 images/s x 0.5 GFLOP of 100 GFLOP/s
+    assert "| Keras, whole epochs | 25 | 20 to 30 | 1280.0 |  |" in text
+    assert "fit steps / plain PyTorch: 0.90 (0.80 to 1.00)" in text  # pair by pair, not of the medians
+    assert "fit / Keras: 4.00 (3.00 to 4.00)" in text
+    assert "1.50 ms | 29.09 ms |" in text  # the framework: 320 ms less 32 / 110 s
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (("--config", "none.yaml"), "none.yaml: no such config"),
+        (("--config", QUICKSTART, "--rounds", 0), "rounds 0; each must be at least 1"),
+        (("--config", QUICKSTART, "--keras_python", "no-python"), "keras_python is no-python, which cannot be run"),
+        (("--config", QUICKSTART, "--quick", "true", "--keras_python", sys.executable), "Keras has ended: "),
+    ],
+)
+def test_what_cannot_be_timed_is_told_in_one_line(
+    digitnet: Run,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    flags: tuple[Any, ...],
+    line: str,
+) -> None:
+    monkeypatch.setenv("KERAS_BACKEND", "none such")
+    assert digitnet("benchmark", *flags) == 1
+    complaint = capsys.readouterr().err.strip().splitlines()[-1]
+    assert complaint.startswith("digitnet: error: ")
+    assert line in complaint
