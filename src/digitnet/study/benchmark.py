@@ -1,8 +1,8 @@
 """How fast training is, here and now: what a step is made of, the machine's ceiling, and ``fit`` beside other loops.
 
-Everything is measured in turns: before each epoch of ``fit``, a plain PyTorch loop and Keras (where it is installed)
-train for as many steps, so that whatever else the machine does falls on all of them. The first turn warms up and does
-not count. Ratios carry over to other machines of the kind; absolute figures do not.
+Everything is measured in turns: before each epoch of ``fit``, a matrix product is timed, and a plain PyTorch loop and
+Keras (where it is installed) train for as many steps, so that whatever else the machine does falls on all of them. The
+first turn warms up and does not count. Ratios carry over to other machines of the kind; absolute figures do not.
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ def benchmark(
         "precision": str(cli.trainer.precision),
         "batch_size": turns.plain.batch_size,
         **turns.plain.describe(),
+        "ceiling_flop_per_s": max(turns.ceilings),
         "images_per_s": {
             name: [turns.plain.batch_size * steps / seconds for seconds in times[1:]]
             for name, times in turns.seconds.items()
@@ -100,7 +101,8 @@ def time_fit(config: Path, steps: int, rounds: int, turns: Turns, folder: str) -
     class TimedCLI(DigitCLI):
         def instantiate_trainer(self, **settings: Any) -> L.Trainer:
             trainer = super().instantiate_trainer(**settings)
-            trainer.callbacks.insert(0, turns)  # first: the others' clocks start after the turns of plain and Keras
+            # First, so that fit's own clock starts after the others had their turns.
+            trainer.callbacks.insert(0, turns)  # type: ignore[attr-defined]
             return trainer
 
     val_batches = max(1, round(10 * steps / 1875))  # as many to a step as in the write-up's epoch
@@ -126,6 +128,7 @@ class Turns(Callback):
             keras_python = sys.executable
         self.steps, self.keras_python, self.folder = steps, keras_python, folder
         self.seconds: dict[str, list[float]] = {FIT: [], STEPS: [], PLAIN: []}
+        self.ceilings: list[float] = []
         self.keras_versions: dict[str, str] = {}
         self.start: float | None = None
 
@@ -139,6 +142,7 @@ class Turns(Callback):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._end_epoch()
+        self.ceilings.append(measure_ceiling(self.plain.device, self.plain.dtype))
         self.seconds[PLAIN].append(self.plain.train(self.steps))
         if self.keras:
             answer = ask_keras(self.keras, self.folder / COMPLAINTS)
@@ -198,7 +202,7 @@ class PlainLoop:
             loss = self.compute_loss(images, labels)
             mark("forward")
             self.optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             mark("backward")
             self.optimizer.step()
             mark("optimizer")
@@ -211,7 +215,7 @@ class PlainLoop:
         return F.cross_entropy(logits.float(), labels)
 
     def describe(self, steps: int = 50) -> dict[str, Any]:
-        """Milliseconds of each part of a step, operations of an image, and the machine's ceiling."""
+        """Milliseconds of each part of a step, medians, and floating-point operations of an image."""
         times: dict[str, list[float]] = {part: [] for part in PARTS}
         last = time.perf_counter()
 
@@ -227,20 +231,19 @@ class PlainLoop:
             part[: self.batch_size].to(self.device) for part in (self.dataset.images, self.dataset.labels)
         )
         with FlopCounterMode(display=False) as counter:
-            self.compute_loss(images, labels).backward()
+            self.compute_loss(images, labels).backward()  # type: ignore[no-untyped-call]
         return {
             "step_ms": {part: median(values) for part, values in times.items()},
             "flop_per_image": counter.get_total_flops() / self.batch_size,
-            "ceiling_flop_per_s": measure_ceiling(self.device, self.dtype),
         }
 
 
 def measure_ceiling(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a large square matrix product: the best of a dozen."""
+    """Floating-point operations a second of a large square matrix product: the best of five."""
     size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     seconds = []
-    for _ in range(12):
+    for _ in range(5):
         synchronize(device)
         start = time.perf_counter()
         a @ b
@@ -274,7 +277,7 @@ def start_keras(python: str, data: MNISTDataModule, steps: int, folder: Path) ->
     """
     train, val, _ = data.datasets
     sizes = {"train": steps * data.batch_size, "val": max(1, round(10 * steps / 1875)) * data.eval_batch_size}
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for name, dataset in (("train", train), ("val", val)):
         picks = np.arange(sizes[name]) % len(dataset)
         arrays |= {f"{name}_images": dataset.images[picks, 0].numpy(), f"{name}_labels": dataset.labels[picks].numpy()}
@@ -331,14 +334,15 @@ def render_result(result: dict[str, Any]) -> str:
     lines += ["", f"| {' | '.join(PARTS)} | framework |", "|---" * (len(PARTS) + 1) + "|"]
     framework_ms = 1000 * result["batch_size"] * (1 / speeds[STEPS] - 1 / speeds[PLAIN])
     lines.append("| " + " | ".join(f"{x:.2f} ms" for x in (*result["step_ms"].values(), framework_ms)) + " |")
+    dtype = "bfloat16" if result["precision"].startswith("bf16") else "float32"
     ratios = [f"fit steps / plain PyTorch: {_ratio(result, STEPS, PLAIN)}"]
     if KERAS in speeds:
         ratios.append(f"fit / Keras: {_ratio(result, FIT, KERAS)}")
     lines += [
         "",
-        f"Ratios, median of the turns: {'; '.join(ratios)}. Ceiling: {ceiling / 1e9:,.0f} GFLOP/s, the best of a dozen "
-        f"square matrix products in {'bfloat16' if result['precision'].startswith('bf16') else 'float32'}; a training "
-        f"step takes {flop / 1e6:,.0f} MFLOP an image. Peak memory {result['peak_memory_bytes'] / 2**20:,.0f} MiB.",
+        f"Ratios, median of the turns: {'; '.join(ratios)}. Ceiling: {ceiling / 1e9:,.0f} GFLOP/s, the best of several "
+        f"square matrix products in {dtype}; a training step takes {flop / 1e6:,.0f} MFLOP an image. Peak memory "
+        f"{result['peak_memory_bytes'] / 2**20:,.0f} MiB.",
         "",
         f"{result['hardware']}, {result['threads']} threads, batch {result['batch_size']}, {result['precision']}; "
         f"{', '.join(f'{name} {number}' for name, number in result['versions'].items())}; {result['date'][:10]}; "

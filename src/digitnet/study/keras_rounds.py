@@ -17,9 +17,9 @@ import time
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
-import keras
+import keras  # type: ignore[import-untyped]
 import numpy as np
-from keras import layers
+from keras import layers  # type: ignore[import-untyped]
 
 CONV = {"padding": "same", "activation": "relu", "kernel_initializer": "he_normal"}
 DENSE = {"activation": "relu", "kernel_initializer": "he_normal"}
