@@ -19,7 +19,7 @@ os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
 import keras  # type: ignore[import-untyped]
 import numpy as np
-from keras import layers  # type: ignore[import-untyped]
+from keras import layers
 
 CONV = {"padding": "same", "activation": "relu", "kernel_initializer": "he_normal"}
 DENSE = {"activation": "relu", "kernel_initializer": "he_normal"}
