@@ -39,15 +39,14 @@ from digitnet.callbacks import (
     Throughput,
     WholeCheckpointIO,
 )
-from digitnet.classifier import DigitClassifier, verify_checkpoint
+from digitnet.checkpoints import FIT_HINT, LOG_DIR, find_newest, find_run, verify_checkpoint
+from digitnet.classifier import DigitClassifier
 from digitnet.data import MNISTDataModule
 from digitnet.errors import OneLineErrors, nearest_name
 from digitnet.machine import choose_precision
 from digitnet.scores import WriteScores
 
-LOG_DIR = Path("lightning_logs")
 METRICS = ("train/loss", "train/acc", "val/loss", "val/acc")
-FIT_HINT = "python -m digitnet fit --config configs/final.yaml"
 
 USAGE = "python -m digitnet {} [--config FILE.yaml] [--flag value ...]"
 DESCRIPTIONS = {
@@ -69,26 +68,6 @@ Data and model settings are those of the checkpoint's run; flags given here come
 Writes metrics.json and predictions.csv into the run's report/ folder. Data and model settings are those of the
 checkpoint's run; flags given here come on top.""",
 }
-
-
-def find_newest(filename: str, log_dir: Path = LOG_DIR) -> Path:
-    """The most recently written ``<run>/checkpoints/<filename>`` under a log folder.
-
-    Raises:
-        FileNotFoundError: when there is none.
-    """
-    found = list(log_dir.glob(f"**/checkpoints/{filename}"))
-    if not found:
-        raise FileNotFoundError(
-            f"no run has a checkpoints/{filename} under {log_dir}/ yet; train one first: {FIT_HINT}"
-        )
-    return max(found, key=lambda path: path.stat().st_mtime)
-
-
-def find_run(checkpoint: Path) -> Path | None:
-    """The run folder that a checkpoint belongs to, None when it lies elsewhere."""
-    run = Path(os.path.relpath(checkpoint.parent.parent))  # as when the run began: Lightning compares the text
-    return run if checkpoint.parent.name == "checkpoints" and (run / "config.yaml").is_file() else None
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):

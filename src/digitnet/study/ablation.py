@@ -30,7 +30,8 @@ from typing import Any, NamedTuple
 import pandas as pd
 import yaml
 
-from digitnet.cli import find_run, main
+from digitnet.checkpoints import find_run
+from digitnet.cli import main
 from digitnet.errors import nearest_name, to_one_line
 from digitnet.machine import describe_hardware, list_versions
 from digitnet.study.explore import read_config
