@@ -25,6 +25,7 @@ COMMANDS = {
         "train a folder of configs, several seeds each; a table of results",
     ),
     "convert": ("digitnet.apply.keras_weights:convert", "Keras weights (.h5, .weights.h5, .keras) to .ckpt, and back"),
+    "serve": ("digitnet.apply.serve:serve", "draw a digit in the browser; JSON API"),
 }
 
 HELP = """\

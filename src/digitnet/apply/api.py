@@ -29,7 +29,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import digitnet
-from digitnet.apply.batching import Batcher, Budget, Busy
+from digitnet.apply.batching import Batcher, Budget, BusyError
 from digitnet.apply.imaging import Digit28, normalize, open_picture
 from digitnet.apply.predictor import Predictor, Reading
 from digitnet.errors import to_one_line
@@ -103,9 +103,7 @@ BODY = {
         "required": True,
         "content": {
             "image/*": {"schema": PICTURE},
-            FORM: {
-                "schema": {"type": "object", "required": ["file"], "properties": {"file": PICTURE}}
-            },
+            FORM: {"schema": {"type": "object", "required": ["file"], "properties": {"file": PICTURE}}},
             JSON: {"schema": Pixels.model_json_schema()},
         },
     }
@@ -167,7 +165,7 @@ def create_app(predictor: Predictor | None = None) -> FastAPI:
                 take_places(1)  # only now: who sends slowly keeps nobody from being read
                 digit = await asyncio.get_running_loop().run_in_executor(threads, prepare)
                 return describe(digit, None if digit is None else await batcher.read(digit.image))
-        except Busy:
+        except BusyError:
             problem = "too many requests wait already; try again in a second"
             raise HTTPException(503, problem, headers={"Retry-After": "1"}) from None
 
@@ -190,7 +188,7 @@ async def receive_body(request: Request, limit: int, take_bytes: Callable[[int],
 
     Raises:
         HTTPException: 400 for none, 408 when it is late, 413 when it is too large.
-        Busy: from ``take_bytes``.
+        BusyError: from ``take_bytes``.
     """
     too_large = HTTPException(413, f"the body is larger than {limit:,} bytes; send a smaller picture")
     hopeless = 8 * limit  # up to here it is received and dropped, as not all clients listen before they have sent all

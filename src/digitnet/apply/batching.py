@@ -13,7 +13,7 @@ import numpy as np
 Answer = TypeVar("Answer")
 
 
-class Busy(RuntimeError):
+class BusyError(RuntimeError):
     """Everything there is to share out is taken; come back later."""
 
 
@@ -32,14 +32,14 @@ class Budget:
     def hold(self) -> Iterator[Callable[[int], None]]:
         """Give a function that takes some of it; what it took is given back when the block ends.
 
-        The function raises Busy, and takes nothing, when less is left than it asks for.
+        The function raises BusyError, and takes nothing, when less is left than it asks for.
         """
         taken = 0
 
         def take(amount: int) -> None:
             nonlocal taken
             if self.taken + amount > self.total:
-                raise Busy
+                raise BusyError
             self.taken += amount
             taken += amount
 

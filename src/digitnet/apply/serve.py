@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
 import socket
@@ -10,12 +9,11 @@ import sys
 import webbrowser
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from uvicorn import Config
 
-HEAD_SECONDS = 10.0  # a request's head must be here by then
 STOP_SECONDS = 10  # what is under way when the server is stopped may take as long
 MAX_CONNECTIONS = 512  # one more is answered 503
 
@@ -29,7 +27,7 @@ def serve(
 
     Args:
         ckpt_path: the checkpoint that reads; by default the newest run's best.
-        host: address to listen on. The default is this machine only; 0.0.0.0 is the whole network, where anybody may ask.
+        host: address to listen on. The default is for this machine alone; 0.0.0.0 lets the whole network in.
         port: port to listen on; 0 takes a free one.
         workers: processes that share the port, each with a network of its own.
         browser: open the page in a browser, where there is a screen to show it on.
@@ -55,7 +53,9 @@ def serve(
         if browser and sys.stdout.isatty() and has_screen():
             webbrowser.open(url)
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: None)  # the server's own come on top, and raise the signal again at the end
+            signal.signal(
+                number, lambda *_: None
+            )  # the server's own come on top, and raise the signal again at the end
         if workers == 1:
             run_server(create_app(predictor), listener)
         else:
@@ -75,9 +75,44 @@ def listen(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
         return socket.create_server((host, port), family=family, backlog=1024)
     except OSError as error:
-        raise OSError(f"cannot listen on {host}, port {port}: {error.strerror}; give another --port or --host") from error
+        raise OSError(
+            f"cannot listen on {host}, port {port}: {error.strerror}; give another --port or --host"
+        ) from error
 
 
 def has_screen() -> bool:
     """Whether a browser with windows can open here."""
     return sys.platform in ("darwin", "win32") or any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY")))
+
+
+def run_server(app: Any, listener: socket.socket) -> None:
+    """Answer in this process until a signal comes."""
+    import uvicorn
+
+    uvicorn.Server(configure(app)).run([listener])
+
+
+def run_workers(listener: socket.socket, workers: int) -> None:
+    """Answer in several processes that share one socket, until a signal comes; one that dies is replaced."""
+    from uvicorn.supervisors import Multiprocess
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // workers)))  # of each; more would fight for the cores
+    Multiprocess(configure("digitnet.apply.api:create_app", factory=True, workers=workers), [listener]).run()
+
+
+def configure(app: Any, **settings: Any) -> Config:
+    """uvicorn's settings: what a client may not do, and how long what is under way may take at the end."""
+    from uvicorn import Config
+
+    return Config(
+        app,
+        http="digitnet.apply.connections:TimedConnection",
+        ws="none",
+        log_level="error",  # a client's mistake is told to the client
+        access_log=False,
+        server_header=False,
+        limit_concurrency=MAX_CONNECTIONS,
+        timeout_graceful_shutdown=STOP_SECONDS,
+        **settings,
+    )
