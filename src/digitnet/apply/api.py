@@ -30,7 +30,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import digitnet
 from digitnet.apply.batching import Batcher, Budget, BusyError
-from digitnet.apply.imaging import Digit28, normalize, open_picture
+from digitnet.apply.imaging import Digit28, Invert, normalize, open_picture
 from digitnet.apply.predictor import Predictor, Reading
 from digitnet.errors import to_one_line
 
@@ -50,7 +50,6 @@ HEADERS = {
 }
 
 JSON, FORM = "application/json", "multipart/form-data"
-Invert = Literal["auto", "yes", "no"]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Level = Annotated[int, Field(ge=0, le=255, strict=True)]
 Row = Annotated[list[Level], Field(min_length=28, max_length=28)]
@@ -123,7 +122,7 @@ def create_app(predictor: Predictor | None = None) -> FastAPI:
         predictor = Predictor.load(Path(path) if path else None)
     batcher = Batcher[Reading](predictor.read)
     places, held_bytes = Budget(MAX_WAITING), Budget(MAX_HELD_BYTES)
-    threads = ThreadPoolExecutor(os.cpu_count() or 1, "picture")
+    threads = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "picture")  # few: a large picture takes 250 MB of memory
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -151,7 +150,9 @@ def create_app(predictor: Predictor | None = None) -> FastAPI:
     )
     async def predict(
         request: Request,
-        invert: Annotated[Invert, Query(description="whether ink is the brighter; auto looks at the border")] = "auto",
+        invert: Annotated[
+            Invert, Query(description="yes: ink is darker than paper; no: brighter; auto: look")
+        ] = "auto",
     ) -> Answer:
         """Read the digit in a picture: the file itself, a form with one file, or 28 x 28 values as JSON."""
         try:
@@ -190,7 +191,8 @@ async def receive_body(request: Request, limit: int, take_bytes: Callable[[int],
         HTTPException: 400 for none, 408 when it is late, 413 when it is too large.
         BusyError: from ``take_bytes``.
     """
-    too_large = HTTPException(413, f"the body is larger than {limit:,} bytes; send a smaller picture")
+    close = {"Connection": "close"}
+    too_large = HTTPException(413, f"the body is larger than {limit:,} bytes; send a smaller picture", close)
     hopeless = 8 * limit  # up to here it is received and dropped, as not all clients listen before they have sent all
     if int(request.headers.get("content-length", 0)) > hopeless:
         raise too_large
@@ -205,7 +207,7 @@ async def receive_body(request: Request, limit: int, take_bytes: Callable[[int],
                     take_bytes(len(piece))
                     body += piece
     except TimeoutError:
-        raise HTTPException(408, f"the body was not here after {BODY_SECONDS:.0f} s") from None
+        raise HTTPException(408, f"the body was not here after {BODY_SECONDS:.0f} s", close) from None
     except ClientDisconnect:
         raise HTTPException(400, "the body ended early") from None
     if num_bytes > limit:
@@ -240,12 +242,13 @@ def parse_picture(picture: bytes, invert: Invert) -> Digit28 | None:
     """The 28x28 digit in a picture file; None where there is no ink.
 
     Raises:
-        HTTPException: 422 for what is no picture that can be read.
+        HTTPException: 413 for too many pixels, 422 for what is no picture that can be read.
     """
     try:
         return normalize(open_picture(picture), invert)
     except ValueError as error:
-        raise HTTPException(422, to_one_line(str(error))) from error
+        reason = to_one_line(str(error))
+        raise HTTPException(413 if reason.startswith("too large") else 422, reason) from error
 
 
 def parse_pixels(body: bytes) -> Digit28:

@@ -13,8 +13,9 @@ HEAD_SECONDS = 10.0
 class TimedConnection(H11Protocol):
     """A connection that is closed when the head of a request is not here ``HEAD_SECONDS`` after it could have begun.
 
-    Without it a few thousand clients who send a byte now and then hold all the connections there are. h11, though
-    slower than httptools, also limits how large a head may grow.
+    Without it a few thousand clients who send a byte now and then hold all the connections there are: uvicorn's own
+    time-out is between requests, and any byte ends it. h11, though slower than httptools, also limits how large a head
+    may grow.
     """
 
     head_timer: asyncio.TimerHandle | None = None
@@ -36,10 +37,11 @@ class TimedConnection(H11Protocol):
         self.stop_watching()
 
     def watch_head(self) -> None:
-        """Start the timer where a head has begun or the first one is due, stop it where a head has been read whole."""
-        first_due = self.cycle is None
-        begun = bool(self.conn.trailing_data[0])
-        if self.conn.their_state is not h11.IDLE or not (first_due or begun):
+        """Start the timer where a head is due or has begun, stop it where it has been read whole."""
+        first = self.cycle is None
+        begun = self.conn.their_state is h11.IDLE and bool(self.conn.trailing_data[0])
+        refused = self.conn.our_state is h11.DONE and self.conn.their_state is h11.SEND_BODY  # and still being sent
+        if not (first or begun or refused):
             self.stop_watching()
         elif self.head_timer is None:
             self.head_timer = self.loop.call_later(HEAD_SECONDS, self.timeout_keep_alive_handler)

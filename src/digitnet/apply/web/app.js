@@ -228,7 +228,7 @@ const reader = {
     const { photo } = sheet;
     const body = photo ? photo.file : await drawingAsPng();
     const headers = { "Content-Type": "application/octet-stream" }; // the server looks for itself
-    const url = photo ? "predict" : "predict?invert=no";
+    const url = photo ? "predict" : "predict?invert=yes";
     let response;
     try {
       response = await fetch(url, { method: "POST", body, headers, signal });
