@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import logging
 import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -120,6 +121,7 @@ def create_app(predictor: Predictor | None = None) -> FastAPI:
     if predictor is None:
         path = os.environ.get("DIGITNET_CKPT_PATH")
         predictor = Predictor.load(Path(path) if path else None)
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # a broken form is told to who sent it
     batcher = Batcher[Reading](predictor.read)
     places, held_bytes = Budget(MAX_WAITING), Budget(MAX_HELD_BYTES)
     threads = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "picture")  # few: a large picture takes 250 MB of memory
