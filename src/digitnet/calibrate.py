@@ -20,7 +20,7 @@ from digitnet.near_misses import blur, make_near_misses
 
 TARGET_ACCURACY = 0.999  # of the answers that are not called uncertain
 REJECTED = 0.005  # share of the validation digits that are called no digit
-NUM_DIGITS = 12_000  # training digits that the detector learns from; with as many near misses
+NUM_DIGITS = 12_000  # training digits that the detector learns from; with half as many near misses again
 
 
 def fit_calibration(net: DigitNet, train: DigitDataset, val: DigitDataset, seed: int = 0) -> Calibration:
@@ -127,8 +127,8 @@ def fit_detector(net: DigitNet, images: Tensor, labels: Tensor, seed: int = 0, n
     digits, labels = images[picks].float() / 255, labels[picks]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        near = make_near_misses(digits[::3], labels[::3], generator)
-        near = near[torch.randperm(len(near), generator=generator)[: len(digits)]]
+        near = make_near_misses(digits[::2], labels[::2], generator)
+        near = near[torch.randperm(len(near), generator=generator)[: len(digits) * 3 // 2]]
         features = torch.cat([extract_features(net, vary(digits, generator)), extract_features(net, near)])
         targets = torch.cat([torch.zeros(len(digits)), torch.ones(len(near))])
         return _train_detector(Detector(features.shape[1]), features, targets, num_epochs)
