@@ -29,6 +29,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from digitnet.callbacks import (
+    Calibrate,
     HyperparameterSummary,
     PrintEpochs,
     RestoreBestWeights,
@@ -203,7 +204,7 @@ class DigitCLI(LightningCLI):
                 config.trainer.logger.init_args.version = None
             callbacks += [self._get(self.config_init, key) for key in self._parser("fit").callback_keys]
             callbacks += [SeedEachEpoch(), Throughput(), HyperparameterSummary(summary)]
-            callbacks += [RestoreBestWeights(), ResumeHint()]
+            callbacks += [RestoreBestWeights(), Calibrate(), ResumeHint()]
             if settings.logger is not False:
                 callbacks.append(LearningRateMonitor(logging_interval="epoch"))
             if not watched:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 
+from digitnet.calibration import Calibration
 from digitnet.checkpoints import find_newest, verify_checkpoint
 from digitnet.model import DigitNet
+
+log = logging.getLogger(__name__)
 
 BATCH_SIZE = 128  # images at once; more are no faster on a CPU, and take 0.4 MB each
 Status = Literal["ok", "uncertain", "no digit"]
@@ -31,11 +35,13 @@ class Predictor:
 
     Args:
         net: the network; it is put into evaluation mode.
+        calibration: what its answers are worth; the default changes nothing.
     """
 
-    def __init__(self, net: DigitNet) -> None:
+    def __init__(self, net: DigitNet, calibration: Calibration | None = None) -> None:
         # float32 also where bfloat16 would be faster: the same image reads the same on every machine.
         self.net = net.eval().float().to(memory_format=torch.channels_last)
+        self.calibration = (calibration or Calibration()).eval()
 
     @classmethod
     def load(cls, checkpoint: Path | None = None) -> Predictor:
@@ -48,11 +54,17 @@ class Predictor:
             FileNotFoundError: no checkpoint is given, and there is none.
             ValueError: the file is not a DigitClassifier's checkpoint.
         """
-        stored = verify_checkpoint(checkpoint or find_newest("best.ckpt"))
+        path = checkpoint or find_newest("best.ckpt")
+        stored = verify_checkpoint(path)
         net = DigitNet()
         weights = stored["state_dict"]
         net.load_state_dict({name: weights[f"net.{name}"] for name in net.state_dict()})
-        return cls(net)
+        if "calibration" not in stored:
+            log.warning("%s holds no calibration (fit adds it): confidences are raw, and any picture is a digit", path)
+        try:
+            return cls(net, Calibration.from_state(stored.get("calibration")))
+        except (RuntimeError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: its calibration is of another version of digitnet; fit again") from error
 
     @torch.inference_mode()
     def read(self, images: np.ndarray) -> list[Reading]:
@@ -66,12 +78,17 @@ class Predictor:
         """
         if images.ndim != 3 or images.shape[1:] != (28, 28) or images.dtype != np.uint8:
             raise ValueError(f"images are {images.dtype} {list(images.shape)}; they must be uint8 [N, 28, 28]")
+        min_confidence = float(self.calibration.min_confidence)
         readings: list[Reading] = []
         for batch in torch.from_numpy(np.ascontiguousarray(images))[:, None].split(BATCH_SIZE):
-            probabilities = self.net(batch).double().softmax(dim=1)  # (B, 10)
+            features = self.net.extract(batch)
+            probabilities, is_digit = self.calibration(features, self.net.classify(features).double())
             top = probabilities.topk(2)
-            for row, (first, second), (p1, p2) in zip(
-                probabilities.tolist(), top.indices.tolist(), top.values.tolist(), strict=True
+            for row, digits, values, found in zip(
+                probabilities.tolist(), top.indices.tolist(), top.values.tolist(), is_digit.tolist(), strict=True
             ):
-                readings.append(Reading(first, p1, second, p2, tuple(row), "ok" if p1 >= 0.5 else "uncertain"))
+                status: Status = "no digit" if not found else "uncertain" if values[0] < min_confidence else "ok"
+                readings.append(
+                    Reading(digits[0] if found else None, values[0], digits[1], values[1], tuple(row), status)
+                )
         return readings
