@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from digitnet.classifier import DigitClassifier, verify_checkpoint
+from digitnet.checkpoints import verify_checkpoint
+from digitnet.classifier import DigitClassifier
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 

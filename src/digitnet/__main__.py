@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from itertools import zip_longest
 from typing import Any
 
 import digitnet
@@ -28,6 +29,8 @@ COMMANDS = {
         "train a folder of configs, several seeds each; a table of results",
     ),
     "benchmark": ("digitnet.study.benchmark:benchmark", "speed here and now, beside plain PyTorch and Keras"),
+    "predict": ("digitnet.apply.predict:predict", "read people's own digits: photos, scans, drawings"),
+    "serve": ("digitnet.apply.serve:serve", "draw a digit in the browser; JSON API"),
     "convert": ("digitnet.apply.keras_weights:convert", "Keras weights (.h5, .weights.h5, .keras) to .ckpt, and back"),
 }
 
@@ -53,7 +56,7 @@ DIGITNET_DEBUG=1 shows the traceback behind an error line.
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 done, 1 failed with one line on stderr, 2 wrong usage.
+    """Run one command and return its exit code: 0 done, 1 failed with one line on stderr, 2 wrong usage, or its own.
 
     Args:
         args: the command and what follows it; ``sys.argv[1:]`` by default.
@@ -77,7 +80,8 @@ def main(args: list[str] | None = None) -> int:
             if command in FOLLOW_UPS and cli.run_dir and cli.trainer.is_global_zero:
                 load_function(FOLLOW_UPS[command])(cli.run_dir)
         else:
-            run_function(function, command, args[1:])
+            code = run_function(function, command, args[1:])
+            return code if isinstance(code, int) else 0
     except (ValueError, OSError) as error:
         if os.environ.get("DIGITNET_DEBUG"):
             raise
@@ -96,17 +100,43 @@ def load_function(place: str) -> Callable[..., Any]:
     return function
 
 
-def run_function(function: Callable[..., Any], command: str, args: list[str]) -> None:
-    """Call a function with arguments parsed by its signature; its docstring is the ``--help`` text."""
-    from jsonargparse import ArgumentParser
+def run_function(function: Callable[..., Any], command: str, args: list[str]) -> Any:
+    """Call a function with arguments parsed by its signature; its docstring is the ``--help`` text.
+
+    A list without a default takes all that is typed without a flag, a bool is switched on by its flag alone, and flags
+    may be written with dashes for underscores.
+    """
+    import argparse
+
+    from docstring_parser import parse
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter
+
+    class HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
+        pass
 
     class Parser(OneLineErrors, ArgumentParser):
         pass
 
     summary = (inspect.getdoc(function) or "").partition("\n\nArgs:")[0]
-    parser = Parser(prog=f"python -m digitnet {command}", description=summary, allow_abbrev=False)
-    parser.add_function_arguments(function, as_group=False, as_positional=True)
-    function(**vars(parser.instantiate(parser.parse_args(args))))
+    parameters = inspect.signature(function).parameters.values()
+    lists = {one.name for one in parameters if str(one.annotation).startswith("list") and one.default is one.empty}
+    parser = Parser(
+        prog=f"python -m digitnet {command}", description=summary, allow_abbrev=False, formatter_class=HelpFormatter
+    )
+    parser.add_function_arguments(function, as_group=False, as_positional=True, skip=lists)
+    for text in parse(inspect.getdoc(function) or "").params:
+        if text.arg_name in lists:
+            parser.add_argument(text.arg_name, nargs="+", type=str, help=text.description)
+    switches = {f"--{one.name}" for one in parameters if one.annotation == "bool"}
+    typed: list[str] = []
+    for arg, following in zip_longest(args, args[1:], fillvalue=""):
+        if arg.startswith("--"):
+            name, equals, value = arg.partition("=")
+            arg = name.replace("-", "_").replace("__", "--", 1) + equals + value
+            if arg in switches and following not in ("true", "false"):
+                arg += "=true"
+        typed.append(arg)
+    return function(**vars(parser.instantiate(parser.parse_args(typed))))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 
+from digitnet.calibrate import fit_calibration
 from digitnet.classifier import DigitClassifier
+from digitnet.data import MNISTDataModule
 from digitnet.files import replace_whole
 
 
@@ -82,6 +84,45 @@ class RestoreBestWeights(Callback):
                 pl_module.load_state_dict(checkpoint["state_dict"])
                 path = os.path.relpath(callback.best_model_path)
                 rank_zero_info(f"best {callback.monitor} {callback.best_model_score:.4f}: {path}")
+
+
+class Calibrate(Callback):
+    """After ``fit``, with the best weights restored, add to the best checkpoint what its answers are worth.
+
+    That is ``calibration``, the state of a Calibration, from which ``predict`` knows when to doubt.
+
+    Args:
+        num_digits: how many training digits the detector of non-digits learns from, which takes about as long as
+            scoring three times as many; 0 leaves it out, and everything is a digit.
+
+    Raises:
+        ValueError: ``num_digits`` is negative.
+    """
+
+    def __init__(self, num_digits: int = 12_000) -> None:
+        if num_digits < 0:
+            raise ValueError(f"calibration.num_digits is {num_digits}; it is a number of digits, or 0 for no detector")
+        self.num_digits = num_digits
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        best = [c.best_model_path for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor]
+        if not (trainer.is_global_zero and best and best[0] and isinstance(data, MNISTDataModule)):
+            return
+        assert isinstance(pl_module, DigitClassifier)
+        train, val, _ = data.datasets
+        was_training = pl_module.net.training
+        calibration = fit_calibration(pl_module.net, train, val, self.num_digits)
+        pl_module.net.train(was_training)
+        path = Path(best[0])
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint["calibration"] = calibration.state_dict()
+        with replace_whole(path) as part:
+            torch.save(checkpoint, part)
+        rank_zero_info(
+            f"calibrated on {len(val):,} validation images: temperature {calibration.temperature:.3f}, "
+            f"uncertain below {calibration.min_confidence:.3f}"
+        )
 
 
 class Throughput(Callback):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -115,37 +114,3 @@ class DigitClassifier(L.LightningModule):
         if isinstance(scheduler, ReduceLROnPlateau):
             settings["monitor"] = getattr(scheduler, "monitor", "val/loss")  # Lightning's own class has one
         return {"optimizer": optimizer, "lr_scheduler": settings}
-
-
-def verify_checkpoint(path: Path, to_resume: bool = False) -> None:
-    """Check that a file is a DigitClassifier's checkpoint; nothing in it is executed.
-
-    Args:
-        path: the file.
-        to_resume: whether training is to go on from it, which takes more than the weights.
-
-    Raises:
-        ValueError: it is missing, damaged, no checkpoint of Lightning's, of another architecture, or holds weights only
-            where more is needed.
-    """
-    if not path.is_file():
-        raise ValueError(f'ckpt_path is "{path}": no such file; give the path of a .ckpt, or leave it out')
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a foreign file can fail in any way
-        reason = str(error).split(". ")[0].split("\n")[0]
-        raise ValueError(f"{path} is not a checkpoint that can be read safely: {reason}") from error
-    for key in ("state_dict", "pytorch-lightning_version"):
-        if not isinstance(checkpoint, dict) or key not in checkpoint:
-            raise ValueError(f"{path} is not a Lightning checkpoint: it has no {key}")
-    if not isinstance(checkpoint["state_dict"], dict):
-        raise ValueError(f"{path} is not a Lightning checkpoint: its state_dict is no dict")
-    with torch.device("meta"):
-        expected = {f"net.{name}": weight.shape for name, weight in DigitNet().state_dict().items()}
-    found = {name: weight.shape for name, weight in checkpoint["state_dict"].items() if isinstance(weight, Tensor)}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            sizes = [str(list(shapes[name])) if name in shapes else "none" for shapes in (expected, found)]
-            raise ValueError(f"{path} is of another architecture: {name} should be {sizes[0]}, and is {sizes[1]}")
-    if to_resume and "optimizer_states" not in checkpoint:
-        raise ValueError(f"{path} holds weights only; to go on with training, give a last.ckpt")

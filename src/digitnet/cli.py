@@ -29,6 +29,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from digitnet.callbacks import (
+    Calibrate,
     HyperparameterSummary,
     PrintEpochs,
     RestoreBestWeights,
@@ -39,16 +40,15 @@ from digitnet.callbacks import (
     Throughput,
     WholeCheckpointIO,
 )
-from digitnet.classifier import DigitClassifier, verify_checkpoint
+from digitnet.checkpoints import FIT_HINT, LOG_DIR, find_newest, find_run, verify_checkpoint
+from digitnet.classifier import DigitClassifier
 from digitnet.data import MNISTDataModule
 from digitnet.errors import OneLineErrors, nearest_name
 from digitnet.machine import choose_precision
 from digitnet.pictures import Pictures
 from digitnet.scores import WriteScores
 
-LOG_DIR = Path("lightning_logs")
 METRICS = ("train/loss", "train/acc", "val/loss", "val/acc")
-FIT_HINT = "python -m digitnet fit --config configs/final.yaml"
 
 USAGE = "python -m digitnet {} [--config FILE.yaml] [--flag value ...]"
 DESCRIPTIONS = {
@@ -70,26 +70,6 @@ Data and model settings are those of the checkpoint's run; flags given here come
 Writes metrics.json, predictions.csv and a page with figures, report.html, into the run's report/ folder. Data and model
 settings are those of the checkpoint's run; flags given here come on top.""",
 }
-
-
-def find_newest(filename: str, log_dir: Path = LOG_DIR) -> Path:
-    """The most recently written ``<run>/checkpoints/<filename>`` under a log folder.
-
-    Raises:
-        FileNotFoundError: when there is none.
-    """
-    found = list(log_dir.glob(f"**/checkpoints/{filename}"))
-    if not found:
-        raise FileNotFoundError(
-            f"no run has a checkpoints/{filename} under {log_dir}/ yet; train one first: {FIT_HINT}"
-        )
-    return max(found, key=lambda path: path.stat().st_mtime)
-
-
-def find_run(checkpoint: Path) -> Path | None:
-    """The run folder that a checkpoint belongs to, None when it lies elsewhere."""
-    run = Path(os.path.relpath(checkpoint.parent.parent))  # as when the run began: Lightning compares the text
-    return run if checkpoint.parent.name == "checkpoints" and (run / "config.yaml").is_file() else None
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
@@ -145,6 +125,7 @@ class DigitCLI(LightningCLI):
         parser.add_lightning_class_args(RunCheckpoint, "best_checkpoint")
         parser.add_lightning_class_args(RunCheckpoint, "last_checkpoint")
         parser.add_lightning_class_args(Pictures, "pictures")
+        parser.add_lightning_class_args(Calibrate, "calibration")
         ours = {"auto_insert_metric_name": False, "enable_version_counter": False}
         best = {"monitor": "val/acc", "mode": "max", "filename": "best", "save_weights_only": True, **ours}
         # Not ModelCheckpoint's save_last: that one is written only when a best one is.
@@ -224,9 +205,11 @@ class DigitCLI(LightningCLI):
             config.ckpt_path = None  # config.yaml describes a run, not this call; with it, a new one can be started
             if self.run_dir:
                 config.trainer.logger.init_args.version = None
-            callbacks += [self._get(self.config_init, key) for key in self._parser("fit").callback_keys]
+            configured = {key: self._get(self.config_init, key) for key in self._parser("fit").callback_keys}
+            calibrate = configured.pop("calibration")
+            callbacks += configured.values()
             callbacks += [SeedEachEpoch(), Throughput(), HyperparameterSummary(summary)]
-            callbacks += [RestoreBestWeights(), ResumeHint()]
+            callbacks += [RestoreBestWeights(), calibrate, ResumeHint()]
             if settings.logger is not False:
                 callbacks.append(LearningRateMonitor(logging_interval="epoch"))
             if not watched:

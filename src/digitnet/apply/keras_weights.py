@@ -253,12 +253,11 @@ def load_checkpoint(path: Path) -> dict[str, Tensor]:
         FileNotFoundError: there is no such file.
         ValueError: damaged, not a checkpoint, or another architecture's.
     """
-    from digitnet.classifier import verify_checkpoint
+    from digitnet.checkpoints import verify_checkpoint
 
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    verify_checkpoint(path)
-    tensors = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    tensors = verify_checkpoint(path)["state_dict"]
     return {name.removeprefix("net."): tensor for name, tensor in tensors.items() if name.startswith("net.")}
 
 

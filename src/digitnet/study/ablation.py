@@ -30,7 +30,8 @@ from typing import Any, NamedTuple
 import pandas as pd
 import yaml
 
-from digitnet.cli import find_run, main
+from digitnet.checkpoints import find_run
+from digitnet.cli import main
 from digitnet.errors import nearest_name, to_one_line
 from digitnet.machine import describe_hardware, list_versions
 from digitnet.study.explore import read_config
@@ -239,7 +240,7 @@ def train(row: Row, seed: int, output: Path) -> Result:
         place = {"save_dir": str(output), "name": run.parent.name, "version": run.name, "default_hp_metric": False}
         logger = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": place}
         flags = [*row.flags, f"--seed_everything={seed}", f"--trainer.logger={json.dumps(logger)}"]
-        flags += ["--trainer.devices=1", "--trainer.enable_model_summary=false"]
+        flags += ["--trainer.devices=1", "--trainer.enable_model_summary=false", "--calibration.num_digits=0"]
     trainer = main(["fit", *flags]).trainer
     history = load_history(run)
     if history is None:

@@ -109,7 +109,7 @@ def time_fit(config: Path, steps: int, rounds: int, turns: Turns, folder: str) -
     flags = [f"--trainer.max_epochs={rounds + 1}", f"--trainer.limit_train_batches={steps}"]
     flags += [f"--trainer.limit_val_batches={val_batches}", f"--trainer.logger.save_dir={folder}"]
     flags += ["--trainer.devices=1", "--trainer.enable_model_summary=false"]
-    flags += [f"--early_stopping.patience={rounds + 1}", "--pictures.every_n_epochs=0"]
+    flags += [f"--early_stopping.patience={rounds + 1}", "--pictures.every_n_epochs=0", "--calibration.num_digits=0"]
     hide_noise()
     return TimedCLI(["fit", "--config", str(config), *flags])
 

@@ -1,0 +1,477 @@
+"""A photo or a drawing of a digit -> the 28x28 picture it would be in MNIST.
+
+Source: http://yann.lecun.com/exdb/mnist/: scaled, anti-aliased, to fit a 20x20 box with its aspect kept, then shifted
+by whole pixels until the centre of mass is in the middle of 28x28. Measured on the 70,000: the longer side is 20 (in 16
+of them 19), the centre of mass lies in [14, 15] when pixel i spans [i, i + 1], and strokes are about 3 pixels wide
+(5th percentile 2.1, 95th 4.3).
+
+Pillow decodes, resizes and turns; ``scipy.ndimage`` filters and labels. Both come with what training needs, while
+scikit-image would be a further dependency for functions that are one line of these.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from pathlib import Path
+from typing import BinaryIO, Literal, NamedTuple
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+from scipy import ndimage
+from scipy.sparse import csgraph
+
+Invert = Literal["auto", "yes", "no"]
+Box = tuple[slice, slice]
+
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF")
+MAX_PIXELS, MAX_SIDE = 64_000_000, 16_384  # above what phones take; about 250 MB when decoded
+WORK_SIDE, SHEET_SIDE = 384, 1536  # a digit is looked for at this size
+MIN_SIDE = 96  # what is smaller is enlarged first
+MIN_CONTRAST = 12  # grey levels; less is paper
+GAP = 0.15  # of the digit: strokes of one digit are not further apart
+FINE = 4  # strokes are measured and changed at this many times MNIST's resolution
+STROKE_RANGE = (2.1, 4.4)  # pixels of 28; thinner is thickened to the first, thicker thinned to the second
+
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # ours is the stricter limit
+
+
+class Digit28(NamedTuple):
+    """A digit as the network wants it.
+
+    Attributes:
+        image: (28, 28) uint8 in [0, 255]; ink is bright, paper is 0.
+        steps: what was done to the picture, in words for people: "turned by EXIF", "inverted", "2 specks dropped".
+    """
+
+    image: np.ndarray
+    steps: tuple[str, ...]
+
+
+# ---------------------------------------------------------------------------------------------------------- opening
+
+
+def open_picture(source: Path | BinaryIO | bytes) -> Image.Image:
+    """Decode a picture, whatever its mode, and turn it as its EXIF data say; the first frame of an animation.
+
+    Args:
+        source: a file's path, its content, or a file opened for reading bytes.
+
+    Raises:
+        ValueError: in one line, without the name, when this is not a picture, is damaged, or is too large to decode
+            safely; the size is read from the header.
+    """
+    if isinstance(source, Path):
+        if source.is_dir():
+            raise ValueError("a folder, not a picture")
+        try:
+            source = source.read_bytes()
+        except OSError as error:
+            raise ValueError(error.strerror.lower() if error.strerror else str(error)) from error
+    data = source if isinstance(source, bytes) else source.read()
+    if not data:
+        raise ValueError("empty: 0 bytes")
+    try:
+        picture = Image.open(io.BytesIO(data), formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(f"too large: {str(error).split(',')[0].lower()}; the limit is {MAX_PIXELS:,}") from error
+    except Exception as error:  # a broken header can fail in any way
+        raise ValueError(f"not a picture in a known format ({', '.join(FORMATS)})") from error
+    width, height = picture.size
+    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+        raise ValueError(
+            f"too large: {width:,} x {height:,} pixels; the limit is {MAX_PIXELS:,} pixels and {MAX_SIDE:,} a side"
+        )
+    try:
+        if picture.format == "JPEG":
+            picture.draft("RGB", (SHEET_SIDE, SHEET_SIDE))  # decodes a large photo at half size or less, much faster
+        picture.load()
+        is_turned = picture.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+        picture = ImageOps.exif_transpose(picture)
+    except Exception as error:  # so can broken content
+        raise ValueError("damaged: the picture breaks off or cannot be decoded") from error
+    picture.info["steps"] = ("turned by EXIF",) if is_turned else ()
+    return picture
+
+
+# ------------------------------------------------------------------------------------------------------ normalising
+
+
+def normalize(picture: Image.Image, invert: Invert = "auto") -> Digit28 | None:
+    """Find the digit in a picture and draw it as MNIST would. A picture that MNIST could hold is left as it is.
+
+    Args:
+        picture: any size and mode, showing one digit; from ``open_picture`` it is upright.
+        invert: "yes": the ink is darker than the paper; "no": it is brighter; "auto": the border shows the paper.
+
+    Returns:
+        The digit; None when there is no ink at all.
+    """
+    flat = flatten(picture)
+    steps = picture.info.get("steps", ())
+    for name, wanted in (("no", np.asarray(flat)), ("yes", 255 - np.asarray(flat))):
+        if invert in ("auto", name) and is_mnist_like(wanted):
+            return Digit28(wanted, (*steps, "inverted") if name == "yes" else steps)
+    work, factor = to_side(flat, WORK_SIDE)
+    ink = find_ink(work, invert)
+    found = pick_digit(ink) if ink else None
+    if found is None:
+        return None
+    rows, columns = found.box
+    size = max(rows.stop - rows.start, columns.stop - columns.start)
+    if factor > 1 and size < 3 * 28:  # small in a large picture: look again, closer
+        left, top = columns.start - size // 2, rows.start - size // 2
+        right, bottom = columns.stop + size // 2, rows.stop + size // 2
+        near = (max(left, 0), max(top, 0), min(right, work.width), min(bottom, work.height))
+        crop = flat.crop(tuple(min(round(v * factor), flat.size[i % 2]) for i, v in enumerate(near)))
+        ink = find_ink(to_side(crop, WORK_SIDE)[0], invert) or ink
+        found = pick_digit(ink) or found
+    image, width_step = to_mnist(found.ink)
+    return Digit28(image, (*steps, *ink.steps, *found.steps, *width_step))
+
+
+def flatten(picture: Image.Image) -> Image.Image:
+    """The picture in mode "L" or "RGB": 16 bits to 8, transparent to white, or to black when white shows nothing."""
+    if picture.mode.startswith(("I", "F")):
+        values = np.asarray(picture, np.float32)
+        top = 2 ** np.ceil(np.log2(max(float(values.max()), 255) + 1)) - 1  # 255 for 8 bits, 4,095 for 12, 65,535
+        return Image.fromarray((values * (255 / top)).clip(0, 255).astype(np.uint8))
+    if picture.has_transparency_data:
+        layer = picture.convert("RGBA")
+        for paper in ("white", "black"):
+            flat = Image.new("RGBA", layer.size, paper)
+            flat.alpha_composite(layer)
+            if paper == "black" or min(low for low, _ in flat.convert("RGB").getextrema()) < 255 - MIN_CONTRAST:
+                break
+        return flat.convert("RGB")
+    return picture.convert("L" if picture.mode in ("1", "L") else "RGB")
+
+
+def is_mnist_like(image: np.ndarray) -> bool:
+    """Whether an image (H, W) or (H, W, 3) is 28x28 and placed as every MNIST digit is; all 70,000 are."""
+    if image.shape != (28, 28):
+        return False
+    for dark in (0, 32):  # JPEG leaves some noise around the ink
+        bright = image > dark
+        if bright.any() and not (bright[[0, -1]].all() or bright[:, [0, -1]].all()):
+            extent = max(np.ptp(np.flatnonzero(bright.any(axis))) + 1 for axis in (0, 1))
+            centre = ndimage.center_of_mass(np.where(bright, image, 0))
+            if 19 - (dark > 0) <= extent <= 20 and all(13.4 <= c <= 14.6 for c in centre):
+                return True
+    return False
+
+
+def to_side(picture: Image.Image, side: int) -> tuple[Image.Image, float]:
+    """Reduce by a whole factor to at most ``side`` pixels, or enlarge what is tiny; and the factor."""
+    longest = max(picture.size)
+    if longest > side:
+        factor = math.ceil(longest / side)
+        return picture.reduce(factor), factor
+    if longest < MIN_SIDE:
+        factor = math.ceil(MIN_SIDE / longest)
+        return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.BICUBIC), 1 / factor
+    return picture, 1.0
+
+
+class Ink(NamedTuple):
+    """How much each pixel differs from the paper around it: (H, W) float32 in [0, 255]; noise lies below ``floor``."""
+
+    values: np.ndarray
+    floor: float
+    steps: tuple[str, ...]
+
+
+def find_ink(picture: Image.Image, invert: Invert) -> Ink | None:
+    """Take away the paper, its shading and its shadows; None when nothing else is there."""
+    pixels = np.asarray(picture, np.float32).reshape(picture.height, picture.width, -1)
+    shrink = math.ceil(max(picture.size) / 64)
+    small = np.asarray(picture.reduce(shrink), np.float32)
+    small = small.reshape(*small.shape[:2], -1)
+    if small.shape[2] == 3:  # coloured ink: take the channel that shows it best, but grey unless it is much better
+        grey = np.array([0.299, 0.587, 0.114], np.float32)
+        mixes = [grey, *np.eye(3, dtype=np.float32)]
+        fits = [fit_paper(small @ mix) for mix in mixes]
+        contrasts = [max(fit.dark, fit.bright) * (1.5 if i == 0 else 1) for i, fit in enumerate(fits)]
+        best = int(np.argmax(contrasts))
+        fit, pixels = fits[best], pixels @ mixes[best]
+    else:
+        fit, pixels = fit_paper(small[..., 0]), pixels[..., 0]
+    dark = fit.dark * fit.level > fit.bright * (255 - fit.level) if invert == "auto" else invert == "yes"
+    steps = ["inverted"] if dark else []
+
+    paper = resize(fit.surface, pixels.shape)
+    above = (pixels - paper) if dark else (paper - pixels)  # paper around 0, ink below
+    above_small, size = above, round(0.35 * min(pixels.shape))
+    if max(pixels.shape) > 160:
+        above_small = resize(above, (pixels.shape[0] // 2, pixels.shape[1] // 2))
+        size //= 2
+    closed = ndimage.maximum_filter(above_small, size, mode="constant", cval=0)
+    closed = ndimage.minimum_filter(closed, size, mode="constant", cval=1e9)
+    values = resize(closed, pixels.shape) - above
+    if dark:  # ink in the shadow is as black as ink in the light
+        values *= np.clip(fit.level / np.maximum(paper + resize(closed, pixels.shape), 1), 0.5, 3)
+    values -= np.median(values)
+    noise = 1.4826 * float(np.median(np.abs(values)))
+    floor = max(MIN_CONTRAST, 4 * noise)
+    if np.ptp(fit.surface) > 16 or np.ptp(closed) > 16:
+        steps.append("shading removed")
+    return Ink(values.clip(0, 255), floor, tuple(steps)) if (values > floor).any() else None
+
+
+class Paper(NamedTuple):
+    """The paper's brightness as a smooth surface (h, w), its middle level, and how far pixels lie below and above."""
+
+    surface: np.ndarray
+    level: float
+    dark: float
+    bright: float
+
+
+def fit_paper(image: np.ndarray) -> Paper:
+    """Fit a quadratic surface to what most pixels are, starting from the border's median."""
+    height, width = image.shape
+    y, x = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij")
+    terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=-1).reshape(-1, 6)
+    border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
+    flat, fitted = image.ravel().astype(np.float64), np.full(image.size, np.median(border))
+    for _ in range(4):
+        distance = np.abs(flat - fitted)
+        weights = 1 / (1 + (distance / (2 * np.median(distance) + 4)) ** 2)
+        weighted = terms * weights[:, None]
+        fitted = terms @ np.linalg.solve(weighted.T @ terms + 1e-3 * np.eye(6), weighted.T @ flat)
+    rest = np.sort(flat - fitted)
+    few = max(1, min(16, rest.size // 50))
+    surface = fitted.reshape(image.shape).astype(np.float32)
+    return Paper(surface, float(np.median(fitted)), -float(rest[:few].mean()), float(rest[-few:].mean()))
+
+
+def resize(image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """An image (h, w) float32 at another shape, bilinear, anti-aliased when it shrinks."""
+    size = (shape[1], shape[0])
+    return np.asarray(Image.fromarray(image.astype(np.float32)).resize(size, Image.Resampling.BILINEAR))
+
+
+class Found(NamedTuple):
+    """A digit's ink alone (h, w) in [0, 1], cut to its box in the picture."""
+
+    ink: np.ndarray
+    box: Box
+    steps: tuple[str, ...]
+
+
+def pick_digit(ink: Ink) -> Found | None:
+    """The largest piece of ink that is not cut off by the edge, and the pieces that belong to it."""
+    mask = ink_mask(ink)
+    mask, lines = without_lines(mask)
+    steps = [f"{count(lines, 'ruled line')} dropped"] if lines else []
+    labels, num = ndimage.label(mask, np.ones((3, 3)))
+    if not num:
+        return None
+    amounts = np.bincount(labels.ravel(), ink.values.ravel())[1:]
+    boxes = piece_boxes(labels)
+    at_edge = (boxes[:, :2] == 0).any(1) | (boxes[:, 2:] == mask.shape).any(1)
+    main = int(np.argmax(amounts * np.where(at_edge, 0.2, 1)))
+
+    gap = GAP * (boxes[main, 2:] - boxes[main, :2]).max()
+    candidates = (amounts > 0.01 * amounts[main]) & ~(at_edge & ~at_edge[main])
+    kept = np.zeros(num, bool)
+    kept[main] = True
+    while True:
+        lows, highs = boxes[kept, :2].min(0), boxes[kept, 2:].max(0)
+        apart = np.maximum(boxes[:, :2] - highs, lows - boxes[:, 2:]).max(1)
+        near = candidates & (apart <= gap) | kept
+        if (near == kept).all():
+            break
+        kept = near
+    dropped = int(num - kept.sum())
+    if dropped:
+        steps.append(f"{count(dropped, 'speck')} dropped")
+    return cut_out(ink, labels, kept, tuple(steps))
+
+
+def piece_boxes(labels: np.ndarray) -> np.ndarray:
+    """Top, left, bottom, right of every labelled piece, (N, 4), the last two exclusive."""
+    return np.array([(r.start, c.start, r.stop, c.stop) for r, c in ndimage.find_objects(labels)])
+
+
+def cut_out(ink: Ink, labels: np.ndarray, kept: np.ndarray, steps: tuple[str, ...]) -> Found:
+    """The ink of some pieces, with their soft edges, scaled so that a stroke's middle is 1."""
+    mask = np.concatenate([[False], kept])[labels]
+    others = (labels > 0) & ~mask
+    (rows, columns), height, width = ndimage.find_objects(mask.astype(np.uint8))[0], *mask.shape
+    margin = 2 + max(rows.stop - rows.start, columns.stop - columns.start) // 40
+    box = (
+        slice(max(rows.start - margin, 0), min(rows.stop + margin, height)),
+        slice(max(columns.start - margin, 0), min(columns.stop + margin, width)),
+    )
+    values, mask = ink.values[box], mask[box]
+    soft = ndimage.maximum_filter(mask, 2 * margin + 1) & ~others[box]
+    full = np.percentile(values[mask], 60)
+    low = min(ink.floor / 2, full / 4)
+    scaled = np.where(soft, (values - low) / (full - low), 0).clip(0, 1)
+    return Found(scaled.astype(np.float32), (rows, columns), steps)
+
+
+def ink_mask(ink: Ink) -> np.ndarray:
+    """Where there is ink: above half of Otsu's threshold, in pieces that reach the threshold."""
+    values = ink.values[ink.values > ink.floor]
+    counts, edges = np.histogram(values, 64, (0, float(values.max())))
+    below, sums = np.cumsum(counts), np.cumsum(counts * (edges[1:] + edges[:-1]) / 2)
+    between = (sums[-1] * below - sums * len(values)) ** 2 / np.maximum(below * (len(values) - below), 1)
+    threshold = edges[1 + np.argmax(between)]
+    weak = ink.values > max(ink.floor, 0.5 * threshold)
+    labels, num = ndimage.label(weak, np.ones((3, 3)))
+    strong = np.bincount(labels[ink.values >= threshold], minlength=num + 1) > 0
+    strong[0] = False
+    return strong[labels]
+
+
+def without_lines(mask: np.ndarray) -> tuple[np.ndarray, int]:
+    """Take away ruled lines: thin, straight, from edge to edge; strokes that cross them stay whole."""
+    total = 0
+    for turned in (False, True):
+        lines = mask.T if turned else mask
+        height, width = lines.shape
+        if not (lines[:, :3].any() and lines[:, -3:].any()):
+            continue
+        length = width // 10
+        runs = ndimage.maximum_filter1d(ndimage.minimum_filter1d(lines.astype(np.uint8), length), length)
+        labels, _ = ndimage.label(ndimage.maximum_filter(runs, (3, length // 2)))
+        band, num = np.zeros_like(lines), 0
+        for label, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
+            if columns.stop - columns.start < 0.95 * width:
+                continue
+            part = np.zeros_like(lines)
+            part[rows] = (labels[rows] == label) & (runs[rows] > 0)
+            thickness = part.sum(0)
+            usual = np.median(thickness)
+            if usual <= 0.05 * height:
+                band |= part & (thickness <= 1.6 * usual + 1)
+                num += 1
+        rest = lines & ~band
+        labels, _ = ndimage.label(rest)
+        if not num or not rest.any():
+            continue
+        bridge = 2 * int(usual) + 3
+        closed = ndimage.minimum_filter1d(ndimage.maximum_filter1d(rest.astype(np.uint8), bridge, 0), bridge, 0) > 0
+        lines = rest | (closed & band)
+        mask, total = (lines.T if turned else lines), total + num
+    return mask, total
+
+
+def to_mnist(ink: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Draw ink (h, w) in [0, 1] as (28, 28) uint8: 20 pixels long, strokes of MNIST's width, centred by mass."""
+    rows, columns = (np.flatnonzero((ink > 0.1).any(axis)) for axis in (1, 0))
+    ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    fine = scale_to(ink, 20 * FINE)
+    width = stroke_width(fine) / FINE
+    thinnest, thickest = STROKE_RANGE
+    steps: tuple[str, ...] = ()
+    if width < thinnest:
+        radius = math.ceil((thinnest - width) / 2 * FINE)
+        fine = np.pad(scale_to(ink, 20 * FINE - 2 * radius), radius)
+        fine = ndimage.grey_dilation(fine, footprint=disc(radius))
+        steps = ("strokes thickened",)
+    elif width > thickest:
+        radius = math.ceil((width - thickest) / 2 * FINE)
+        fine = scale_to(ndimage.grey_erosion(fine, footprint=disc(radius)), 20 * FINE)
+        steps = ("strokes thinned",)
+    height, width = (math.ceil(side / FINE) for side in fine.shape)
+    fine = np.pad(fine, ((0, height * FINE - fine.shape[0]), (0, width * FINE - fine.shape[1])))
+    box = fine.reshape(height, FINE, width, FINE).mean((1, 3))  # (<= 20, <= 20)
+    centre = ndimage.center_of_mass(box)
+    top, left = (int(np.clip(round(14 - c), 0, 28 - side)) for c, side in zip(centre, box.shape, strict=True))
+    image = np.zeros((28, 28), np.uint8)
+    image[top : top + height, left : left + width] = np.round(255 * box)
+    return image, steps
+
+
+def scale_to(ink: np.ndarray, longest: int) -> np.ndarray:
+    """The ink with its longer side ``longest`` pixels and its aspect kept."""
+    factor = longest / max(ink.shape)
+    size = tuple(max(1, round(side * factor)) for side in reversed(ink.shape))
+    how = Image.Resampling.BOX if factor <= 1 else Image.Resampling.BICUBIC
+    return np.asarray(Image.fromarray(ink).resize(size, how)).clip(0, 1)
+
+
+def stroke_width(ink: np.ndarray) -> float:
+    """The strokes' mean width in pixels: across a stroke, the distance to its edge averages a quarter of its width."""
+    inside = ink > 0.5
+    return (
+        float(4 * ndimage.distance_transform_edt(np.pad(inside, 1))[1:-1, 1:-1][inside].mean()) if inside.any() else 0
+    )
+
+
+def disc(radius: int) -> np.ndarray:
+    """A disc as a boolean mask, (2 radius + 1) square."""
+    y, x = np.ogrid[-radius : radius + 1, -radius : radius + 1]
+    return x * x + y * y <= (radius + 0.5) ** 2
+
+
+def count(number: int, what: str) -> str:
+    """ "1 speck", "2 specks"."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def split_digits(picture: Image.Image, invert: Invert = "auto") -> list[Digit28]:
+    """Find the digits on a sheet, in reading order: line by line, from left to right.
+
+    Args:
+        picture: any size and mode.
+        invert: as for ``normalize``.
+
+    Returns:
+        The digits; none on a blank sheet.
+    """
+    ink = find_ink(to_side(flatten(picture), SHEET_SIDE)[0], invert)
+    if ink is None:
+        return []
+    mask, lines = without_lines(ink_mask(ink))
+    steps = [*picture.info.get("steps", ()), *ink.steps, *([f"{count(lines, 'ruled line')} dropped"] if lines else [])]
+    labels, num = ndimage.label(mask, np.ones((3, 3)))
+    if not num:
+        return []
+    amounts = np.bincount(labels.ravel(), ink.values.ravel())[1:]
+    boxes = piece_boxes(labels)
+    at_edge = (boxes[:, :2] == 0).any(1) | (boxes[:, 2:] == mask.shape).any(1)
+    whole = (amounts > 0.02 * amounts.max()) & ~at_edge
+    if not whole.any():
+        whole = amounts > 0.02 * amounts.max()
+    found = []
+    for group in digit_groups(boxes, whole):
+        digit = cut_out(ink, labels, group, ())
+        image, width_step = to_mnist(digit.ink)
+        found.append((digit.box, Digit28(image, (*steps, *width_step))))
+    return [digit for _, digit in reading_order(found)]
+
+
+def digit_groups(boxes: np.ndarray, whole: np.ndarray) -> list[np.ndarray]:
+    """Which pieces (N, 4) form a digit together: a small one joins what it lies over, under or against."""
+    heights = boxes[:, 2] - boxes[:, 0]
+    usual = np.median(heights[whole][heights[whole] >= 0.5 * heights[whole].max()])
+    lows, highs = boxes[:, None, :2], boxes[:, None, 2:]
+    gaps = np.maximum(lows, lows.swapaxes(0, 1)) - np.minimum(highs, highs.swapaxes(0, 1))  # (N, N, 2), overlap < 0
+    widths = boxes[:, 3] - boxes[:, 1]
+    small = np.minimum(heights[:, None], heights) < 0.55 * usual
+    stacked = (-gaps[..., 1] > 0.5 * np.minimum(widths[:, None], widths)) & (gaps[..., 0] < 0.25 * usual)
+    against = gaps.max(-1) < 0.1 * usual
+    joined = small & (stacked | against) & whole & whole[:, None]
+    _, groups = csgraph.connected_components(joined, directed=False)
+    members = [whole & (groups == group) for group in np.unique(groups[whole])]
+    return [m for m in members if boxes[m, 2].max() - boxes[m, 0].min() >= 0.3 * usual]
+
+
+def reading_order(found: list[tuple[Box, Digit28]]) -> list[tuple[Box, Digit28]]:
+    """Line by line, from left to right; a line is what overlaps its first digit by half a digit's height."""
+    lines: list[list[tuple[Box, Digit28]]] = []
+    for one in sorted(found, key=lambda one: one[0][0].start):
+        rows = one[0][0]
+        for line in lines:
+            first = line[0][0][0]
+            if min(rows.stop, first.stop) - max(rows.start, first.start) >= 0.5 * (rows.stop - rows.start):
+                line.append(one)
+                break
+        else:
+            lines.append([one])
+    return [one for line in lines for one in sorted(line, key=lambda one: one[0][1].start)]

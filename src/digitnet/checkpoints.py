@@ -1,0 +1,73 @@
+"""Where the checkpoints of runs lie, and whether a file is one. Needs no Lightning, which takes seconds to import."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from digitnet.model import DigitNet
+
+LOG_DIR = Path("lightning_logs")
+FIT_HINT = "python -m digitnet fit --config configs/final.yaml"
+
+
+def find_newest(filename: str, log_dir: Path = LOG_DIR) -> Path:
+    """The most recently written ``<run>/checkpoints/<filename>`` under a log folder.
+
+    Raises:
+        FileNotFoundError: when there is none.
+    """
+    found = list(log_dir.glob(f"**/checkpoints/{filename}"))
+    if not found:
+        raise FileNotFoundError(
+            f"no run has a checkpoints/{filename} under {log_dir}/ yet; train one first: {FIT_HINT}"
+        )
+    return max(found, key=lambda path: path.stat().st_mtime)
+
+
+def find_run(checkpoint: Path) -> Path | None:
+    """The run folder that a checkpoint belongs to, None when it lies elsewhere."""
+    run = Path(os.path.relpath(checkpoint.parent.parent))  # as when the run began: Lightning compares the text
+    return run if checkpoint.parent.name == "checkpoints" and (run / "config.yaml").is_file() else None
+
+
+def verify_checkpoint(path: Path, to_resume: bool = False) -> dict[str, Any]:
+    """Check that a file is a DigitClassifier's checkpoint; nothing in it is executed.
+
+    Args:
+        path: the file.
+        to_resume: whether training is to go on from it, which takes more than the weights.
+
+    Returns:
+        What it holds: ``state_dict``, on the CPU, and what else Lightning and the callbacks put there.
+
+    Raises:
+        ValueError: it is missing, damaged, no checkpoint of Lightning's, of another architecture, or holds weights only
+            where more is needed.
+    """
+    if not path.is_file():
+        raise ValueError(f'ckpt_path is "{path}": no such file; give the path of a .ckpt, or leave it out')
+    try:
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a foreign file can fail in any way
+        reason = str(error).split(". ")[0].split("\n")[0]
+        raise ValueError(f"{path} is not a checkpoint that can be read safely: {reason}") from error
+    for key in ("state_dict", "pytorch-lightning_version"):
+        if not isinstance(checkpoint, dict) or key not in checkpoint:
+            raise ValueError(f"{path} is not a Lightning checkpoint: it has no {key}")
+    if not isinstance(checkpoint["state_dict"], dict):
+        raise ValueError(f"{path} is not a Lightning checkpoint: its state_dict is no dict")
+    with torch.device("meta"):
+        expected = {f"net.{name}": weight.shape for name, weight in DigitNet().state_dict().items()}
+    found = {name: weight.shape for name, weight in checkpoint["state_dict"].items() if isinstance(weight, Tensor)}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            sizes = [str(list(shapes[name])) if name in shapes else "none" for shapes in (expected, found)]
+            raise ValueError(f"{path} is of another architecture: {name} should be {sizes[0]}, and is {sizes[1]}")
+    if to_resume and "optimizer_states" not in checkpoint:
+        raise ValueError(f"{path} holds weights only; to go on with training, give a last.ckpt")
+    return checkpoint

@@ -1,0 +1,261 @@
+"""The page in a real browser: headless Chromium draws on it, and a network that can read drawings answers."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import threading
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from drawings import STROKES, Points, render, train_on_drawings
+
+pytest.importorskip("fastapi", reason='the page needs the extra "serve"')
+pytest.importorskip("playwright", reason="no playwright here, which drives the browser")
+import uvicorn
+from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
+
+from digitnet.apply.api import create_app
+from digitnet.apply.predictor import Predictor
+from digitnet.apply.serve import configure, listen
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (apt-get install chromium)"),
+]
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+FLAGS += ["--disable-background-networking", "--disable-component-update"]
+DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A running server, whose network reads drawings; its address."""
+    torch.manual_seed(0)
+    checkpoint = tmp_path_factory.mktemp("drawn") / "drawn.ckpt"
+    train_on_drawings(checkpoint)
+    with listen("127.0.0.1", 0) as listener:
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        server = uvicorn.Server(configure(create_app(Predictor.load(checkpoint))))
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        yield address
+        server.should_exit = True
+        thread.join(30)
+    assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def options() -> dict[str, Any]:
+    """What kind of visitor it is; tests may ask for another."""
+    return {"viewport": DESKTOP}
+
+
+@pytest.fixture
+def page(browser: Browser, address: str, options: dict[str, Any], request: pytest.FixtureRequest) -> Iterator[Page]:
+    """The page, freshly opened; a test in whose course the browser complains fails, unless it says it may."""
+    context = browser.new_context(**options)
+    page = context.new_page()
+    complaints: list[str] = []
+    page.on(
+        "console", lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None
+    )
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto(address)
+    yield page
+    context.close()
+    if "may_complain" not in request.fixturenames:
+        assert complaints == []
+
+
+@pytest.fixture
+def may_complain() -> None:
+    """Chromium writes every 4xx and 5xx to its console."""
+
+
+def draw(page: Page, strokes: list[Points]) -> None:
+    box = page.locator("#paper").bounding_box()
+    assert box
+    for points in strokes:
+        at = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in points]
+        page.mouse.move(*at[0])
+        page.mouse.down()
+        for x, y in at[1:]:
+            page.mouse.move(x, y, steps=4)
+        page.mouse.up()
+
+
+def answer_with(answer: dict[str, Any], route: Route) -> None:
+    route.fulfill(json=answer)
+
+
+def png(digit: int) -> bytes:
+    buffer = io.BytesIO()
+    render(STROKES[digit]).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_drawn_digits_are_read(page: Page) -> None:
+    expect(page.locator("#verdict")).to_have_text("Nothing yet")
+    expect(page.get_by_role("button", name="Clear")).to_be_disabled()
+    for digit in (7, 0, 4):
+        draw(page, STROKES[digit])
+        expect(page.locator("#digit")).to_have_text(str(digit))
+        best = page.locator("#bars .best")
+        expect(best).to_have_count(1)
+        assert (best.text_content() or "").endswith(str(digit))
+        assert page.locator("#seen").evaluate("image => image.complete && image.naturalWidth") == 28
+        page.get_by_role("button", name="Clear").click()
+        expect(page.locator("#digit")).to_have_text("")
+        expect(page.locator("#seen")).to_be_hidden()
+
+
+def test_keys_undo_and_clear(page: Page) -> None:
+    draw(page, STROKES[7])
+    draw(page, [[(0.3, 0.52), (0.7, 0.52)], [(0.1, 0.1), (0.9, 0.9)], [(0.9, 0.1), (0.1, 0.9)]])
+    for _ in range(3):
+        page.keyboard.press("Control+z")
+    expect(page.locator("#digit")).to_have_text("7")
+    for key in ("Escape", "Delete"):
+        page.keyboard.press(key)
+        expect(page.locator("#verdict")).to_have_text("Nothing yet")
+        page.keyboard.press("Control+z")
+        expect(page.locator("#digit")).to_have_text("7")
+
+
+def test_photos_are_chosen_dropped_and_pasted(page: Page) -> None:
+    page.set_input_files("#photo", {"name": "four.png", "mimeType": "image/png", "buffer": png(4)})
+    expect(page.locator("#digit")).to_have_text("4")
+    for event, digit in (("drop", 7), ("paste", 3)):
+        page.evaluate(
+            """([event, bytes]) => {
+                const data = new DataTransfer();
+                data.items.add(new File([new Uint8Array(bytes)], "photo.png", {type: "image/png"}));
+                const settings = {bubbles: true, cancelable: true, dataTransfer: data, clipboardData: data};
+                const fired = event === "drop" ? new DragEvent(event, settings) : new ClipboardEvent(event, settings);
+                document.body.dispatchEvent(fired);
+            }""",
+            [event, list(png(digit))],
+        )
+        expect(page.locator("#digit")).to_have_text(str(digit))
+    draw(page, STROKES[0])  # a stroke on a photo begins a new drawing
+    expect(page.locator("#digit")).to_have_text("0")
+
+
+@pytest.mark.parametrize(
+    "options", [{"viewport": PHONE, "has_touch": True, "is_mobile": True, "device_scale_factor": 3}]
+)
+def test_on_a_phone_a_finger_draws_and_nothing_scrolls(page: Page) -> None:
+    assert page.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
+    for name in ("#paper", "#digit", "#bars"):
+        box = page.locator(name).bounding_box()
+        assert box
+        assert box["y"] + box["height"] <= PHONE["height"], name
+    expect(page.locator("#camera")).to_have_count(1)
+    expect(page.locator("label.camera")).to_be_visible()
+
+    box = page.locator("#paper").bounding_box()
+    assert box
+    touch = page.context.new_cdp_session(page)
+    (points,) = STROKES[1]
+    path = [*points, (points[-1][0], points[-1][1] + 0.1)]
+    for kind, place in [("touchStart", path[0]), *(("touchMove", place) for place in path[1:]), ("touchEnd", None)]:
+        at = [{"x": box["x"] + place[0] * box["width"], "y": box["y"] + place[1] * box["height"]}] if place else []
+        touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": at})
+    expect(page.locator("#digit")).to_have_text("1")
+    assert page.evaluate("scrollY") == 0
+
+
+def test_an_old_answer_never_follows_a_new_one(page: Page) -> None:
+    held: list[Route] = []
+    page.route("**/predict*", lambda route: route.continue_() if held else held.append(route))
+    draw(page, STROKES[7])
+    draw(page, [[(0.36, 0.5), (0.64, 0.5)]])
+    page.wait_for_timeout(200)
+    assert len(held) == 1  # one question at a time, however many strokes
+    expect(page.locator("#digit")).to_have_text("")
+    page.keyboard.press("Escape")
+    draw(page, STROKES[0])
+    expect(page.locator("#digit")).to_have_text("0")
+    assert "ABORTED" in (held[0].request.failure or "")
+
+
+def test_uncertainty_and_no_digit_are_said(page: Page) -> None:
+    none = dict.fromkeys(("confidence", "runner_up", "runner_up_confidence", "probabilities", "image"))
+    shares = [0, 0, 0, 0, 0.56, 0, 0, 0.03, 0, 0.41]
+    unsure = {"digit": 4, "confidence": 0.56, "runner_up": 9, "runner_up_confidence": 0.41, "probabilities": shares}
+    for answer, digit, words in (
+        ({**none, "status": "no digit", "digit": None, "steps": []}, "", "No digit"),
+        ({**unsure, "status": "uncertain", "steps": ["inverted"], "image": None}, "4", "Uncertain"),
+    ):
+        page.route("**/predict*", partial(answer_with, answer))
+        draw(page, STROKES[4])
+        expect(page.locator("#verdict")).to_have_text(words)
+        expect(page.locator("#digit")).to_have_text(digit)
+        page.unroute("**/predict*")
+    expect(page.locator("#detail")).to_contain_text("or a 9, 41 %")
+
+
+@pytest.mark.usefixtures("may_complain")
+def test_problems_are_said_in_words_and_pass(page: Page) -> None:
+    page.set_input_files("#photo", {"name": "notes.txt", "mimeType": "text/plain", "buffer": b"7"})
+    expect(page.locator("#verdict")).to_have_text("Not read")
+    expect(page.locator("#detail")).to_contain_text("Not a picture")
+    page.keyboard.press("Escape")
+
+    page.route("**/predict*", lambda route: route.abort())
+    draw(page, STROKES[7])
+    expect(page.locator("#detail")).to_have_text("The server does not answer. Is it still running?")
+    page.unroute("**/predict*")
+    page.route("**/predict*", lambda route: route.fulfill(status=503, json={"error": "too many requests wait already"}))
+    expect(page.locator("#detail")).to_have_text("Too many requests wait already.")
+    page.unroute("**/predict*")
+    expect(page.locator("#digit")).to_have_text("7")  # by itself, when the server is back
+
+
+def test_everything_is_reached_by_keyboard_and_a_screen_reader_is_not_flooded(page: Page) -> None:
+    page.evaluate(
+        """() => {
+            window.spoken = [];
+            const status = document.querySelector("[role=status]");
+            new MutationObserver(() => spoken.push(status.textContent)).observe(status, {childList: true});
+        }"""
+    )
+    draw(page, STROKES[7])
+    draw(page, [[(0.36, 0.5), (0.64, 0.5)]])
+    expect(page.get_by_role("status")).to_contain_text("7")
+    page.wait_for_timeout(300)
+    spoken = page.evaluate("spoken")
+    assert len(spoken) == 1
+    assert "7" in spoken[0]
+
+    reached = set()
+    for _ in range(8):
+        page.keyboard.press("Tab")
+        reached.add(page.evaluate("document.activeElement.id || document.activeElement.tagName"))
+    assert reached >= {"undo", "clear", "photo", "SUMMARY"}
+
+
+@pytest.mark.parametrize("options", [{"viewport": DESKTOP, "color_scheme": "dark", "reduced_motion": "reduce"}])
+def test_dark_and_still_for_who_asks(page: Page) -> None:
+    def colour(selector: str, name: str) -> list[int]:
+        script = f"element => getComputedStyle(element).{name}.match(/\\d+/g).slice(0, 3).map(Number)"
+        return page.locator(selector).evaluate(script)  # type: ignore[no-any-return]
+
+    assert max(colour("body", "backgroundColor")) < 60
+    assert min(colour("body", "color")) > 200
+    assert page.locator("#bars .fill").first.evaluate("bar => getComputedStyle(bar).transitionDuration") in ("0s", "")
+    draw(page, STROKES[7])
+    expect(page.locator("#digit")).to_have_text("7")  # light ink on dark paper, to the eye alone
