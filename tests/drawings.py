@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 from torch.nn.functional import cross_entropy
 
 from digitnet.apply.imaging import normalize
+from digitnet.calibration import Calibration
 from digitnet.model import DigitNet
 
 Points = list[tuple[float, float]]  # x to the right, y down, shares of the paper's side
@@ -91,5 +92,11 @@ def train_on_drawings(checkpoint: Path, num_each: int = 60) -> None:
             optimizer.zero_grad()
             cross_entropy(head(known[index]), targets[index]).backward()
             optimizer.step()
+    save_checkpoint(net, checkpoint)
+
+
+def save_checkpoint(net: DigitNet, checkpoint: Path) -> None:
+    """Write what ``fit`` would, as far as ``Predictor`` needs it; confidences stay as they are."""
     weights = {f"net.{name}": weight for name, weight in net.state_dict().items()}
-    torch.save({"state_dict": weights, "pytorch-lightning_version": lightning.__version__}, checkpoint)
+    stored = {"state_dict": weights, "calibration": Calibration().state_dict()}
+    torch.save({**stored, "pytorch-lightning_version": lightning.__version__}, checkpoint)

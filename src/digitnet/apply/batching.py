@@ -103,11 +103,10 @@ class Batcher(Generic[Answer]):
         try:
             answers = await asyncio.get_running_loop().run_in_executor(self.thread, self.read_batch, images)
         except Exception as error:  # whatever it is, it is the callers' to hear
-            answers = [error] * len(jobs)
+            for job in jobs:
+                if not job.answer.done():
+                    job.answer.set_exception(error)
+            return
         for job, answer in zip(jobs, answers, strict=True):
-            if job.answer.done():
-                continue
-            if isinstance(answer, Exception):
-                job.answer.set_exception(answer)
-            else:
+            if not job.answer.done():
                 job.answer.set_result(answer)
