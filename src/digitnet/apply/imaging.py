@@ -27,6 +27,7 @@ Box = tuple[slice, slice]
 
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF")
 MAX_PIXELS, MAX_SIDE = 64_000_000, 16_384  # above what phones take; about 250 MB when decoded
+WINDOW = 0.35  # of a picture's shorter side; no stroke is that wide
 WORK_SIDE, SHEET_SIDE = 384, 1536  # a digit is looked for at this size
 MIN_SIDE = 96  # what is smaller is enlarged first
 MIN_CONTRAST = 12  # grey levels; less is paper
@@ -200,50 +201,47 @@ def find_ink(picture: Image.Image, invert: Invert) -> Ink | None:
     dark = fit.dark * fit.level > fit.bright * (255 - fit.level) if invert == "auto" else invert == "yes"
     steps = ["inverted"] if dark else []
 
-    paper = resize(fit.surface, pixels.shape)
-    above = (pixels - paper) if dark else (paper - pixels)  # paper around 0, ink below
-    above_small, size = above, round(0.35 * min(pixels.shape))
-    if max(pixels.shape) > 160:
-        above_small = resize(above, (pixels.shape[0] // 2, pixels.shape[1] // 2))
-        size //= 2
-    closed = ndimage.maximum_filter(above_small, size, mode="constant", cval=0)
-    closed = ndimage.minimum_filter(closed, size, mode="constant", cval=1e9)
-    values = resize(closed, pixels.shape) - above
-    if dark:  # ink in the shadow is as black as ink in the light
-        values *= np.clip(fit.level / np.maximum(paper + resize(closed, pixels.shape), 1), 0.5, 3)
+    light = pixels if dark else 255 - pixels  # ink is the darker in it
+    level = fit.level if dark else 255 - fit.level
+    coarse, size = light, round(WINDOW * min(light.shape))
+    if max(light.shape) > 160:
+        coarse, size = resize(light, (light.shape[0] // 2, light.shape[1] // 2)), size // 2
+    # Only what is wider than the window is a shadow; and no shadow is as dark as ink that runs along the edge.
+    closed = ndimage.grey_closing(np.maximum(coarse, 0.45 * level), (size | 1, size | 1), mode="nearest")
+    paper = resize(closed, light.shape)
+    values = (paper - light) * (level / np.maximum(paper, 1)).clip(0.5, 3)  # as black in the shadow as in the light
     values -= np.median(values)
     noise = 1.4826 * float(np.median(np.abs(values)))
     floor = max(MIN_CONTRAST, 4 * noise)
-    if np.ptp(fit.surface) > 16 or np.ptp(closed) > 16:
+    if np.ptp(closed) > 16:
         steps.append("shading removed")
-    return Ink(values.clip(0, 255), floor, tuple(steps)) if (values > floor).any() else None
+    ink = without_lines(Ink(values.clip(0, 255), floor, tuple(steps)))
+    return ink if (ink.values > floor).any() else None
 
 
 class Paper(NamedTuple):
-    """The paper's brightness as a smooth surface (h, w), its middle level, and how far pixels lie below and above."""
+    """The paper's middle level, and how far the few pixels that differ most lie below and above the paper."""
 
-    surface: np.ndarray
     level: float
     dark: float
     bright: float
 
 
 def fit_paper(image: np.ndarray) -> Paper:
-    """Fit a quadratic surface to what most pixels are, starting from the border's median."""
+    """Fit a quadratic surface, evenly shaded paper, to what most pixels are, starting from the border's median."""
     height, width = image.shape
     y, x = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij")
     terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=-1).reshape(-1, 6)
     border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
-    flat, fitted = image.ravel().astype(np.float64), np.full(image.size, np.median(border))
-    for _ in range(4):
+    flat = image.ravel().astype(np.float64)
+    fitted = np.full_like(flat, np.median(border))
+    for _ in range(3):  # least squares, with ever less weight on ink
         distance = np.abs(flat - fitted)
-        weights = 1 / (1 + (distance / (2 * np.median(distance) + 4)) ** 2)
-        weighted = terms * weights[:, None]
+        weighted = terms / (1 + (distance / (2 * np.median(distance) + 4)) ** 2)[:, None]
         fitted = terms @ np.linalg.solve(weighted.T @ terms + 1e-3 * np.eye(6), weighted.T @ flat)
-    rest = np.sort(flat - fitted)
-    few = max(1, min(16, rest.size // 50))
-    surface = fitted.reshape(image.shape).astype(np.float32)
-    return Paper(surface, float(np.median(fitted)), -float(rest[:few].mean()), float(rest[-few:].mean()))
+    few = max(1, min(16, flat.size // 50))
+    rest = np.partition(flat - fitted, (few, -few))
+    return Paper(float(np.median(fitted)), -float(rest[:few].mean()), float(rest[-few:].mean()))
 
 
 def resize(image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -262,9 +260,7 @@ class Found(NamedTuple):
 
 def pick_digit(ink: Ink) -> Found | None:
     """The largest piece of ink that is not cut off by the edge, and the pieces that belong to it."""
-    mask = ink_mask(ink)
-    mask, lines = without_lines(mask)
-    steps = [f"{count(lines, 'ruled line')} dropped"] if lines else []
+    mask, steps = ink_mask(ink), []
     labels, num = ndimage.label(mask, np.ones((3, 3)))
     if not num:
         return None
@@ -316,7 +312,7 @@ def cut_out(ink: Ink, labels: np.ndarray, kept: np.ndarray, steps: tuple[str, ..
 def ink_mask(ink: Ink) -> np.ndarray:
     """Where there is ink: above half of Otsu's threshold, in pieces that reach the threshold."""
     values = ink.values[ink.values > ink.floor]
-    counts, edges = np.histogram(values, 64, (0, float(values.max())))
+    counts, edges = np.histogram(values, 64, (0, float(ink.values.max())))
     below, sums = np.cumsum(counts), np.cumsum(counts * (edges[1:] + edges[:-1]) / 2)
     between = (sums[-1] * below - sums * len(values)) ** 2 / np.maximum(below * (len(values) - below), 1)
     threshold = edges[1 + np.argmax(between)]
@@ -327,43 +323,55 @@ def ink_mask(ink: Ink) -> np.ndarray:
     return strong[labels]
 
 
-def without_lines(mask: np.ndarray) -> tuple[np.ndarray, int]:
+def without_lines(ink: Ink) -> Ink:
     """Take away ruled lines: thin, straight, from edge to edge; strokes that cross them stay whole."""
-    total = 0
+    values, total = ink.values, 0
     for turned in (False, True):
-        lines = mask.T if turned else mask
-        height, width = lines.shape
-        if not (lines[:, :3].any() and lines[:, -3:].any()):
+        image = values.T if turned else values
+        mask = image > ink.floor
+        if not (mask[:, :4].any() and mask[:, -4:].any()):
             continue
-        length = width // 10
-        runs = ndimage.maximum_filter1d(ndimage.minimum_filter1d(lines.astype(np.uint8), length), length)
-        labels, _ = ndimage.label(ndimage.maximum_filter(runs, (3, length // 2)))
-        band, num = np.zeros_like(lines), 0
-        for label, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
-            if columns.stop - columns.start < 0.95 * width:
-                continue
-            part = np.zeros_like(lines)
-            part[rows] = (labels[rows] == label) & (runs[rows] > 0)
-            thickness = part.sum(0)
-            usual = np.median(thickness)
-            if usual <= 0.05 * height:
-                band |= part & (thickness <= 1.6 * usual + 1)
-                num += 1
-        rest = lines & ~band
-        labels, _ = ndimage.label(rest)
+        band, bridge, num = find_lines(mask)
+        rest = mask & ~band
         if not num or not rest.any():
             continue
-        bridge = 2 * int(usual) + 3
-        closed = ndimage.minimum_filter1d(ndimage.maximum_filter1d(rest.astype(np.uint8), bridge, 0), bridge, 0) > 0
-        lines = rest | (closed & band)
-        mask, total = (lines.T if turned else lines), total + num
-    return mask, total
+        touching = rest[[0, -1]].any() or rest[:, [0, -1]].any()
+        tone = np.percentile(image[band & mask], 75)
+        if touching and tone > 0.7 * np.percentile(image[rest], 75):
+            continue  # as black as the rest, which reaches the edge as well: a digit cut out tightly
+        crossing = ndimage.minimum_filter1d(ndimage.maximum_filter1d(rest.view(np.uint8), bridge, 0), bridge, 0) > 0
+        line = band & ~crossing & (image < 1.5 * tone)  # a stroke along it is blacker
+        image = np.where(line, 0, image)
+        values, total = (image.T if turned else image), total + num
+    steps = (f"{count(total, 'ruled line')} dropped",) if total else ()
+    return ink._replace(values=values, steps=ink.steps + steps)
+
+
+def find_lines(mask: np.ndarray) -> tuple[np.ndarray, int, int]:
+    """Thin lines from the left edge to the right: where they are, how high a gap they leave, and how many they are."""
+    height, width = mask.shape
+    length = max(width // 10, 8)
+    runs = ndimage.maximum_filter1d(ndimage.minimum_filter1d(mask.view(np.uint8), length), length)
+    labels, _ = ndimage.label(ndimage.maximum_filter(runs, (3, length)))
+    band, bridge, num = np.zeros_like(mask), 0, 0
+    for label, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
+        if columns.stop - columns.start < 0.95 * width:
+            continue
+        part = (labels[rows] == label) & (runs[rows] > 0)
+        thickness = part.sum(0)
+        usual = float(np.median(thickness))
+        if 0 < usual <= 0.04 * height:
+            band[rows] |= part & (thickness <= 1.6 * usual + 1)
+            bridge, num = max(bridge, 2 * int(usual) + 5), num + 1
+    return ndimage.maximum_filter1d(band.view(np.uint8), 3, 0).view(bool), bridge, num
 
 
 def to_mnist(ink: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
     """Draw ink (h, w) in [0, 1] as (28, 28) uint8: 20 pixels long, strokes of MNIST's width, centred by mass."""
     rows, columns = (np.flatnonzero((ink > 0.1).any(axis)) for axis in (1, 0))
     ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    fine = scale_to(ink, 20 * FINE)
+    ink = ink / max(float(np.percentile(fine[fine > 0.5 * fine.max()], 60)), 0.05)  # hairlines fade in shrinking
     fine = scale_to(ink, 20 * FINE)
     width = stroke_width(fine) / FINE
     thinnest, thickest = STROKE_RANGE
@@ -427,8 +435,7 @@ def split_digits(picture: Image.Image, invert: Invert = "auto") -> list[Digit28]
     ink = find_ink(to_side(flatten(picture), SHEET_SIDE)[0], invert)
     if ink is None:
         return []
-    mask, lines = without_lines(ink_mask(ink))
-    steps = [*picture.info.get("steps", ()), *ink.steps, *([f"{count(lines, 'ruled line')} dropped"] if lines else [])]
+    mask, steps = ink_mask(ink), (*picture.info.get("steps", ()), *ink.steps)
     labels, num = ndimage.label(mask, np.ones((3, 3)))
     if not num:
         return []
