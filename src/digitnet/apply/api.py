@@ -161,6 +161,7 @@ def create_app(predictor: Predictor | None = None) -> FastAPI:
             with held_bytes.hold() as take_bytes, places.hold() as take_places:
                 kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
                 body = await receive_body(request, MAX_JSON_BYTES if kind == JSON else MAX_BYTES, take_bytes)
+                prepare: Callable[[], Digit28 | None]
                 if kind == JSON:
                     prepare = partial(parse_pixels, body)
                 else:

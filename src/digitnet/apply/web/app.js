@@ -83,7 +83,8 @@ function drawStrokes(pen, side) {
 }
 
 function draw() {
-  const side = Math.round(paper.clientWidth * devicePixelRatio);
+  const sharpness = Math.max(2, devicePixelRatio);
+  const side = Math.round(paper.clientWidth * sharpness);
   if (!side) return;
   paper.width = paper.height = side; // this also clears it
   const pen = paper.getContext("2d");
@@ -95,7 +96,7 @@ function draw() {
     pen.drawImage(picture, (side - width) / 2, (side - height) / 2, width, height);
   } else if (sheet.photo) {
     pen.fillStyle = text;
-    pen.font = `${16 * devicePixelRatio}px system-ui`;
+    pen.font = `${16 * sharpness}px system-ui`;
     pen.textAlign = "center";
     pen.fillText(sheet.photo.file.name || "a picture", side / 2, side / 2, side * 0.9);
   }
