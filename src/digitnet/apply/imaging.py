@@ -186,14 +186,14 @@ class Ink(NamedTuple):
 def find_ink(picture: Image.Image, invert: Invert) -> Ink | None:
     """Take away the paper, its shading and its shadows; None when nothing else is there."""
     pixels = np.asarray(picture, np.float32).reshape(picture.height, picture.width, -1)
-    shrink = math.ceil(max(picture.size) / 64)
+    shrink = math.ceil(max(picture.size) / 48)
     small = np.asarray(picture.reduce(shrink), np.float32)
     small = small.reshape(*small.shape[:2], -1)
-    if small.shape[2] == 3:  # coloured ink: take the channel that shows it best, but grey unless it is much better
+    if small.shape[2] == 3 and np.ptp(small, axis=2).max() > 8:  # take the channel that shows the ink best
         grey = np.array([0.299, 0.587, 0.114], np.float32)
         mixes = [grey, *np.eye(3, dtype=np.float32)]
         fits = [fit_paper(small @ mix) for mix in mixes]
-        contrasts = [max(fit.dark, fit.bright) * (1.5 if i == 0 else 1) for i, fit in enumerate(fits)]
+        contrasts = [max(fit.dark, fit.bright) * (1 if i else 1.5) for i, fit in enumerate(fits)]  # grey has less noise
         best = int(np.argmax(contrasts))
         fit, pixels = fits[best], pixels @ mixes[best]
     else:
@@ -207,7 +207,10 @@ def find_ink(picture: Image.Image, invert: Invert) -> Ink | None:
     if max(light.shape) > 160:
         coarse, size = resize(light, (light.shape[0] // 2, light.shape[1] // 2)), size // 2
     # Only what is wider than the window is a shadow; and no shadow is as dark as ink that runs along the edge.
-    closed = ndimage.grey_closing(np.maximum(coarse, 0.45 * level), (size | 1, size | 1), mode="nearest")
+    half = size // 2
+    padded = np.pad(np.maximum(coarse, 0.45 * level), half, mode="edge")  # shadows go on outside
+    closed = ndimage.grey_closing(padded, (2 * half + 1, 2 * half + 1), mode="nearest")
+    closed = closed[half : half + coarse.shape[0], half : half + coarse.shape[1]]
     paper = resize(closed, light.shape)
     values = (paper - light) * (level / np.maximum(paper, 1)).clip(0.5, 3)  # as black in the shadow as in the light
     values -= np.median(values)

@@ -1,0 +1,341 @@
+"""Pictures made by hand, whose 28x28 form is known, and MNIST's own digits made large, inverted, shaded and ruled."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+from scipy import ndimage
+
+from digitnet.apply.imaging import Digit28, normalize, open_picture, split_digits
+from digitnet.data import Digits
+
+
+def page(
+    size: tuple[int, int] = (200, 200), colour: object = 255, mode: str = "L"
+) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    picture = Image.new(mode, size, colour)
+    return picture, ImageDraw.Draw(picture)
+
+
+def bar() -> Image.Image:
+    """A black upright bar, 20 x 100, in the upper left part of a white page."""
+    picture, draw = page()
+    draw.rectangle((30, 20, 49, 119), 0)
+    return picture
+
+
+def encoded(picture: Image.Image, kind: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    return file.getvalue()
+
+
+def found(picture: Image.Image, invert: str = "auto") -> Digit28:
+    digit = normalize(picture, invert)  # type: ignore[arg-type]
+    assert digit is not None
+    assert digit.image.shape == (28, 28)
+    assert digit.image.dtype == np.uint8
+    return digit
+
+
+def extent(image: np.ndarray) -> tuple[int, int]:
+    """Height and width of what is bright."""
+    rows, columns = np.nonzero(image > 127)
+    return int(np.ptp(rows)) + 1, int(np.ptp(columns)) + 1
+
+
+def apart(image: np.ndarray, other: np.ndarray) -> float:
+    """Mean absolute difference in [0, 255], up to one pixel of shift, as the centre of mass is rounded to one.
+
+    Two different MNIST digits are about 35 apart.
+    """
+    shifts = [np.roll(other, (y, x), (0, 1)) for y in (-1, 0, 1) for x in (-1, 0, 1)]
+    return min(float(np.abs(image.astype(float) - shift).mean()) for shift in shifts)
+
+
+def large(digit: np.ndarray, times: int = 8) -> np.ndarray:
+    """Enlarged, with the soft edges that a canvas or a scanner gives."""
+    return np.asarray(Image.fromarray(digit).resize((28 * times,) * 2, Image.Resampling.BICUBIC))
+
+
+@pytest.fixture(scope="module")
+def digits(real_digits: Digits) -> np.ndarray:
+    return real_digits.images[:40]
+
+
+# A bar: box, centre, polarity
+
+
+def test_a_bar_fills_the_box_and_its_centre_of_mass_is_in_the_middle() -> None:
+    image = found(bar()).image
+    assert extent(image) == (20, 4)
+    assert image.max() == 255
+    assert image[0].max() == image[:, 0].max() == 0
+    assert np.abs(np.array(ndimage.center_of_mass(image)) - 14).max() <= 0.5  # where MNIST has it, to a whole pixel
+
+
+def test_a_wide_shape_keeps_its_aspect() -> None:
+    assert extent(found(bar().transpose(Image.Transpose.ROTATE_90)).image) == (4, 20)
+
+
+def test_the_border_decides_the_polarity_and_invert_overrules_it() -> None:
+    dark = found(bar())
+    bright = found(Image.eval(bar(), lambda v: 255 - v))
+    np.testing.assert_array_equal(dark.image, bright.image)
+    assert "inverted" in dark.steps
+    assert "inverted" not in bright.steps
+    np.testing.assert_array_equal(found(bar(), "yes").image, dark.image)
+    assert normalize(bar(), "no") is None or not np.array_equal(found(bar(), "no").image, dark.image)
+
+
+@pytest.mark.parametrize("colour", [(255, 220, 0), (20, 60, 200), (200, 30, 30), (150, 150, 150)])
+def test_ink_of_any_colour(colour: tuple[int, int, int]) -> None:
+    picture, draw = page(mode="RGB", colour="white")
+    draw.rectangle((30, 20, 49, 119), colour)
+    np.testing.assert_allclose(found(picture).image, found(bar()).image, atol=8)
+
+
+@pytest.mark.parametrize("ink", [0, 255])
+def test_a_transparent_background_is_paper_whatever_the_ink(ink: int) -> None:
+    alpha = Image.eval(bar(), lambda v: 255 - v)
+    picture = Image.merge("LA", [Image.new("L", alpha.size, ink), alpha])
+    np.testing.assert_array_equal(found(picture).image, found(bar()).image)
+
+
+@pytest.mark.parametrize("mode", ["1", "P", "RGB", "RGBA", "CMYK", "LA", "I", "F", "I;16"])
+def test_every_mode_reads_alike(mode: str) -> None:
+    sixteen = Image.fromarray(np.asarray(bar()).astype(np.uint16) * 257)
+    picture = sixteen if mode == "I;16" else bar().convert(mode)
+    np.testing.assert_allclose(found(picture).image, found(bar()).image, atol=2)
+
+
+# Opening
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF"])
+def test_every_format_opens(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "picture"
+    path.write_bytes(encoded(bar(), kind))
+    from_path, from_bytes = found(open_picture(path)).image, found(open_picture(path.read_bytes())).image
+    np.testing.assert_array_equal(from_path, from_bytes)
+    assert apart(from_path, found(bar()).image) < 4  # JPEG and WebP lose a little
+    with path.open("rb") as file:
+        np.testing.assert_array_equal(found(open_picture(file)).image, from_path)
+
+
+def test_a_photo_held_sideways_is_turned_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "turn a quarter clockwise to see it upright"
+    lying = encoded(bar().transpose(Image.Transpose.ROTATE_90), "JPEG", exif=exif, quality=95)
+    digit = found(open_picture(lying))
+    assert extent(digit.image) == (20, 4)
+    assert "turned by EXIF" in digit.steps
+    assert "turned by EXIF" not in found(open_picture(encoded(bar(), "JPEG"))).steps
+
+
+def test_an_animation_gives_its_first_frame() -> None:
+    frames = encoded(bar(), "GIF", save_all=True, append_images=[Image.new("L", (200, 200), 255)])
+    np.testing.assert_array_equal(found(open_picture(frames)).image, found(bar()).image)
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and has next to nothing in it."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"0" * 999)) + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "0 bytes"),
+        (b"%PDF-1.4 this is no picture", "not a picture"),
+        (encoded(bar(), "PNG")[:60], "damaged|not a picture"),
+        (encoded(bar(), "JPEG")[:-200], "damaged"),
+        (png_header(30_000, 100), "too large: 30,000 x 100 pixels"),
+        (png_header(10_000, 10_000), "too large"),
+        (png_header(30_000, 30_000), "too large"),
+    ],
+)
+def test_what_cannot_be_read_is_said_in_one_line(data: bytes, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        open_picture(data)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_and_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a folder"):
+        open_picture(tmp_path)
+    with pytest.raises(ValueError, match="no such file"):
+        open_picture(tmp_path / "none.png")
+
+
+def test_random_damage_never_gives_anything_but_a_value_error() -> None:
+    rng = np.random.default_rng(0)
+    for kind in ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF"):
+        whole = np.frombuffer(encoded(bar(), kind), np.uint8)
+        for _ in range(15):
+            data = whole.copy()
+            data[rng.integers(0, len(data), 6)] = rng.integers(0, 256, 6)
+            with contextlib.suppress(ValueError):
+                normalize(open_picture(data.tobytes()))
+
+
+# Blank pages, dirt and lines
+
+
+@pytest.mark.parametrize("colour", [0, 128, 255])
+def test_a_blank_page_is_no_digit(colour: int) -> None:
+    assert normalize(page(colour=colour)[0]) is None
+    assert normalize(page((28, 28), colour)[0]) is None
+    assert split_digits(page(colour=colour)[0]) == []
+
+
+def test_evenly_shaded_paper_is_no_digit() -> None:
+    shade = np.tile(np.linspace(120, 250, 300), (200, 1)).round().astype(np.uint8)
+    assert normalize(Image.fromarray(shade)) is None
+
+
+@pytest.mark.parametrize("side", [1, 2, 5])
+def test_tiny_pictures_do_no_harm(side: int) -> None:
+    picture, draw = page((side, side))
+    draw.point((0, 0), 0)
+    normalize(picture)
+    split_digits(picture)
+
+
+def five(width: int = 10) -> Image.Image:
+    """A 5 of two strokes that do not touch, its bar apart."""
+    picture, draw = page()
+    draw.line((75, 60, 70, 95), 0, width)
+    draw.arc((60, 90, 120, 150), 200, 500, 0, width)
+    draw.line((85, 48, 130, 48), 0, width)
+    return picture
+
+
+def test_specks_and_edge_pieces_go_and_a_broken_five_stays_whole() -> None:
+    dirty = five()
+    draw = ImageDraw.Draw(dirty)
+    for x, y in ((10, 30), (180, 20), (170, 185), (25, 170)):
+        draw.ellipse((x, y, x + 3, y + 3), 0)
+    draw.rectangle((0, 0, 4, 199), 0)
+    digit = found(dirty)
+    np.testing.assert_allclose(digit.image, found(five()).image, atol=2)
+    assert any("dropped" in step for step in digit.steps)
+    top = digit.image[: 4 + 3].sum()
+    assert top > 255 * 10  # the bar
+
+
+def test_ruled_lines_go_and_the_strokes_they_cross_stay() -> None:
+    ruled = Image.new("RGB", (200, 200), "white")
+    draw = ImageDraw.Draw(ruled)
+    for y in range(15, 200, 30):
+        draw.line((0, y, 199, y), (130, 150, 220), 2)
+    ink = five()
+    ruled.paste((0, 0, 0), mask=Image.eval(ink, lambda v: 255 - v))
+    digit = found(ruled)
+    assert "ruled line" in " ".join(digit.steps)
+    assert apart(digit.image, found(ink).image) < 8
+
+
+def test_a_digit_cut_out_tightly_keeps_the_bar_that_reaches_both_edges() -> None:
+    picture, draw = page((100, 140))
+    draw.line((0, 6, 99, 6), 0, 13)
+    draw.line((93, 6, 40, 139), 0, 13)
+    image = found(picture).image
+    assert (image[image.any(1)][1] > 127).sum() >= 12
+
+
+# MNIST's own digits
+
+
+def test_an_mnist_digit_passes_unchanged(digits: np.ndarray, real_digits: Digits) -> None:
+    if len(real_digits.images) < 70_000:
+        pytest.skip("the bundled digits are not placed as MNIST's are")
+    for image in digits:
+        assert np.array_equal(found(Image.fromarray(image)).image, image)
+        assert found(Image.fromarray(image)).steps == ()
+        inverted = found(Image.fromarray(255 - image))
+        assert np.array_equal(inverted.image, image)
+        assert inverted.steps == ("inverted",)
+
+
+@pytest.mark.parametrize("bright", [False, True])
+def test_enlarged_digits_come_back(digits: np.ndarray, real_digits: Digits, bright: bool) -> None:
+    if len(real_digits.images) < 70_000:
+        pytest.skip("the bundled digits are not placed as MNIST's are")
+    for image in digits:
+        blocks = np.kron(image, np.ones((8, 8), np.uint8))
+        assert apart(found(Image.fromarray(blocks if bright else 255 - blocks)).image, image) < 5
+        soft = large(image)
+        assert apart(found(Image.fromarray(soft if bright else 255 - soft)).image, image) < 12
+
+
+def test_shading_and_a_shadow_change_little(digits: np.ndarray) -> None:
+    y, x = np.mgrid[0:224, 0:224]
+    slope, shadow = 0.55 + 0.4 * x / 223, np.where(x + 0.4 * y > 150, 0.6, 1.0)
+    for image in digits[:8]:
+        plain = 235 - 0.85 * large(image)
+        expected = found(Image.fromarray(plain.astype(np.uint8))).image
+        for light in (slope, shadow):
+            digit = found(Image.fromarray((plain * light).astype(np.uint8)))
+            assert apart(digit.image, expected) < 6
+            assert "shading removed" in digit.steps
+
+
+def test_a_hairline_survives() -> None:
+    picture, draw = page((1000, 1000))
+    draw.ellipse((200, 100, 700, 900), outline=0, width=1)
+    digit = found(picture)
+    assert extent(digit.image)[0] in (19, 20)
+    assert digit.image.max() > 200
+    assert (digit.image[10:18].max(1) > 150).all()  # closed on both sides
+    assert digit.image[12:16, 13:15].max() < 40  # and open inside
+    assert "strokes thickened" in digit.steps
+
+
+def test_a_small_digit_in_a_large_photo_is_looked_at_closely(digits: np.ndarray) -> None:
+    near = 255 - large(digits[0], 4)
+    frame = np.full((1500, 2000), 255, np.uint8)
+    frame[900 : 900 + 112, 300 : 300 + 112] = near
+    assert apart(found(Image.fromarray(frame)).image, found(Image.fromarray(near)).image) < 5
+
+
+def test_grey_stays_grey(digits: np.ndarray) -> None:
+    image = found(Image.fromarray(255 - large(digits[0]))).image
+    assert np.unique(image).size > 20
+
+
+# Several on a sheet
+
+
+def test_split_reads_line_by_line_from_left_to_right(digits: np.ndarray) -> None:
+    sheet = np.full((620, 900), 255, np.uint8)
+    for i, image in enumerate(digits[:6]):
+        row, column = divmod(i, 3)
+        top, left = 40 + 290 * row + 12 * (column % 2), 30 + 290 * column
+        sheet[top : top + 224, left : left + 224] = 255 - large(image)
+    sheet[5:9, 450:454] = 0  # a speck
+    parts = split_digits(Image.fromarray(sheet))
+    assert len(parts) == 6
+    for part, image in zip(parts, digits, strict=False):
+        assert apart(part.image, found(Image.fromarray(255 - large(image))).image) < 5
+
+
+def test_split_keeps_a_broken_five_whole() -> None:
+    sheet = Image.new("L", (400, 200), 255)
+    sheet.paste(five(), (0, 0))
+    sheet.paste(bar(), (200, 20))
+    assert len(split_digits(sheet)) == 2
