@@ -26,6 +26,7 @@ COMMANDS = {
         "train a folder of configs, several seeds each; a table of results",
     ),
     "predict": ("digitnet.apply.predict:predict", "read people's own digits: photos, scans, drawings"),
+    "export": ("digitnet.apply.export:export", "the network as ONNX or .pt2, for other programs; compared first"),
     "convert": ("digitnet.apply.keras_weights:convert", "Keras weights (.h5, .weights.h5, .keras) to .ckpt, and back"),
 }
 
