@@ -31,6 +31,7 @@ COMMANDS = {
     "benchmark": ("digitnet.study.benchmark:benchmark", "speed here and now, beside plain PyTorch and Keras"),
     "predict": ("digitnet.apply.predict:predict", "read people's own digits: photos, scans, drawings"),
     "serve": ("digitnet.apply.serve:serve", "draw a digit in the browser; JSON API"),
+    "export": ("digitnet.apply.export:export", "the network as ONNX or .pt2, for other programs; compared first"),
     "convert": ("digitnet.apply.keras_weights:convert", "Keras weights (.h5, .weights.h5, .keras) to .ckpt, and back"),
 }
 
@@ -119,7 +120,9 @@ def run_function(function: Callable[..., Any], command: str, args: list[str]) ->
 
     summary = (inspect.getdoc(function) or "").partition("\n\nArgs:")[0]
     parameters = inspect.signature(function).parameters.values()
-    lists = {one.name for one in parameters if str(one.annotation).startswith("list") and one.default is one.empty}
+    lists: set[str | int] = {
+        one.name for one in parameters if str(one.annotation).startswith("list") and one.default is one.empty
+    }
     parser = Parser(
         prog=f"python -m digitnet {command}", description=summary, allow_abbrev=False, formatter_class=HelpFormatter
     )

@@ -74,7 +74,7 @@ def open_picture(source: Path | BinaryIO | bytes) -> Image.Image:
     if not data:
         raise ValueError("empty: 0 bytes")
     try:
-        picture = Image.open(io.BytesIO(data), formats=FORMATS)
+        picture: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"too large: {str(error).split(',')[0].lower()}; the limit is {MAX_PIXELS:,}") from error
     except Exception as error:  # a broken header can fail in any way
@@ -116,16 +116,17 @@ def normalize(picture: Image.Image, invert: Invert = "auto") -> Digit28 | None:
             return Digit28(wanted, (*steps, "inverted") if name == "yes" else steps)
     work, factor = to_side(flat, WORK_SIDE)
     ink = find_ink(work, invert)
-    found = pick_digit(ink) if ink else None
+    if ink is None:
+        return None
+    found = pick_digit(ink)
     if found is None:
         return None
     rows, columns = found.box
     size = max(rows.stop - rows.start, columns.stop - columns.start)
     if factor > 1 and size < 3 * 28:  # small in a large picture: look again, closer
-        left, top = columns.start - size // 2, rows.start - size // 2
-        right, bottom = columns.stop + size // 2, rows.stop + size // 2
-        near = (max(left, 0), max(top, 0), min(right, work.width), min(bottom, work.height))
-        crop = flat.crop(tuple(min(round(v * factor), flat.size[i % 2]) for i, v in enumerate(near)))
+        left, right = (round(v * factor) for v in (columns.start - size // 2, columns.stop + size // 2))
+        top, bottom = (round(v * factor) for v in (rows.start - size // 2, rows.stop + size // 2))
+        crop = flat.crop((max(left, 0), max(top, 0), min(right, flat.width), min(bottom, flat.height)))
         ink = find_ink(to_side(crop, WORK_SIDE)[0], invert) or ink
         found = pick_digit(ink) or found
     image, width_step = to_mnist(found.ink)
@@ -143,7 +144,7 @@ def flatten(picture: Image.Image) -> Image.Image:
         for paper in ("white", "black"):
             flat = Image.new("RGBA", layer.size, paper)
             flat.alpha_composite(layer)
-            if paper == "black" or min(low for low, _ in flat.convert("RGB").getextrema()) < 255 - MIN_CONTRAST:
+            if paper == "black" or np.asarray(flat.convert("RGB")).min() < 255 - MIN_CONTRAST:
                 break
         return flat.convert("RGB")
     return picture.convert("L" if picture.mode in ("1", "L") else "RGB")
@@ -298,7 +299,8 @@ def cut_out(ink: Ink, labels: np.ndarray, kept: np.ndarray, steps: tuple[str, ..
     """The ink of some pieces, with their soft edges, scaled so that a stroke's middle is 1."""
     mask = np.concatenate([[False], kept])[labels]
     others = (labels > 0) & ~mask
-    (rows, columns), height, width = ndimage.find_objects(mask.astype(np.uint8))[0], *mask.shape
+    rows, columns = ndimage.find_objects(mask.astype(np.uint8))[0]
+    height, width = mask.shape
     margin = 2 + max(rows.stop - rows.start, columns.stop - columns.start) // 40
     box = (
         slice(max(rows.start - margin, 0), min(rows.stop + margin, height)),

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
-from digitnet.calibration import Calibration
+from digitnet.calibration import CalibratedNet, Calibration
 from digitnet.checkpoints import find_newest, verify_checkpoint
 from digitnet.model import DigitNet
 
@@ -40,8 +40,8 @@ class Predictor:
 
     def __init__(self, net: DigitNet, calibration: Calibration | None = None) -> None:
         # float32 also where bfloat16 would be faster: the same image reads the same on every machine.
-        self.net = net.eval().float().to(memory_format=torch.channels_last)
-        self.calibration = (calibration or Calibration()).eval()
+        net = net.float().to(memory_format=torch.channels_last)
+        self.model = CalibratedNet(net, calibration or Calibration()).eval()
 
     @classmethod
     def load(cls, checkpoint: Path | None = None) -> Predictor:
@@ -78,11 +78,10 @@ class Predictor:
         """
         if images.ndim != 3 or images.shape[1:] != (28, 28) or images.dtype != np.uint8:
             raise ValueError(f"images are {images.dtype} {list(images.shape)}; they must be uint8 [N, 28, 28]")
-        min_confidence = float(self.calibration.min_confidence)
+        min_confidence = float(self.model.calibration.min_confidence)
         readings: list[Reading] = []
         for batch in torch.from_numpy(np.ascontiguousarray(images))[:, None].split(BATCH_SIZE):
-            features = self.net.extract(batch)
-            probabilities, is_digit = self.calibration(features, self.net.classify(features).double())
+            probabilities, _, is_digit = self.model(batch)  # (B, 10), (B, 10), (B,)
             top = probabilities.topk(2)
             for row, digits, values, found in zip(
                 probabilities.tolist(), top.indices.tolist(), top.values.tolist(), is_digit.tolist(), strict=True

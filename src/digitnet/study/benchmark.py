@@ -202,7 +202,7 @@ class PlainLoop:
             loss = self.compute_loss(images, labels)
             mark("forward")
             self.optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             mark("backward")
             self.optimizer.step()
             mark("optimizer")
@@ -231,7 +231,7 @@ class PlainLoop:
             part[: self.batch_size].to(self.device) for part in (self.dataset.images, self.dataset.labels)
         )
         with FlopCounterMode(display=False) as counter:
-            self.compute_loss(images, labels).backward()  # type: ignore[no-untyped-call]
+            self.compute_loss(images, labels).backward()
         return {
             "step_ms": {part: median(values) for part, values in times.items()},
             "flop_per_image": counter.get_total_flops() / self.batch_size,

@@ -1,0 +1,199 @@
+"""The command ``export``: a checkpoint as a file that other programs run, compared with it before it is in place."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import io
+import json
+import logging
+import os
+import warnings
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from digitnet.apply.predictor import BATCH_SIZE, Predictor
+from digitnet.calibration import CalibratedNet
+from digitnet.checkpoints import find_newest, find_run, verify_checkpoint
+from digitnet.data import Digits, fetch_digits
+from digitnet.files import replace_whole
+from digitnet.machine import list_versions
+
+TOLERANCE = 1e-4  # between the logits of the checkpoint and of the exported file
+INPUT = "images"
+OUTPUTS = {
+    "probabilities": "float32 [batch, 10], calibrated, of the digits 0 to 9",
+    "logits": "float32 [batch, 10], before calibration",
+    "is_digit": "bool [batch], false where the picture looks like no digit at all",
+}
+Run = Callable[[np.ndarray], dict[str, np.ndarray]]
+
+
+class Comparison(NamedTuple):
+    """The exported file beside the checkpoint, on test images."""
+
+    num_images: int
+    num_errors: int  # of the exported file
+    max_logit_difference: float
+
+
+def export(
+    ckpt_path: Path | None = None,
+    format: Literal["onnx", "pt2"] = "onnx",
+    output: Path | None = None,
+    data_dir: Path | None = None,
+) -> None:
+    """Export a trained network for other programs: scaling and calibration inside, any number of images at once.
+
+      python -m digitnet export                    the newest run's best checkpoint, as <run>/export/digitnet.onnx
+      python -m digitnet export --format pt2       for torch.export.load
+
+    The file is run on the test images of the checkpoint's run, and put in place only when its logits are the
+    checkpoint's to within 1e-4 and it reads the same digit in every image. A card beside it (.json) says what it is.
+
+    Args:
+        ckpt_path: the trained checkpoint; the newest run's best by default.
+        format: onnx, for ONNX Runtime and others, without PyTorch; pt2, for PyTorch without digitnet.
+        output: the file to write; by default digitnet.onnx or .pt2 in the run's folder export/.
+        data_dir: where the run's data are kept, if not where fit looks by itself.
+
+    Raises:
+        ValueError: no such checkpoint, a package is missing, or the exported file differs from the checkpoint.
+        OSError: there is no checkpoint, the data cannot be had, or a file cannot be written.
+    """
+    checkpoint = ckpt_path or find_newest("best.ckpt")
+    predictor = Predictor.load(checkpoint)
+    if format == "onnx":
+        require("onnx", "onnxscript", "onnxruntime")
+    source, split, digits = load_test_digits(checkpoint, data_dir)
+    expected = run_eagerly(predictor, digits.images)
+    if output is None:
+        output = (find_run(checkpoint) or checkpoint.parent) / "export" / f"digitnet.{format}"
+    with replace_whole(output) as part, replace_whole(output.with_suffix(".json")) as card_part:
+        write, load = (write_onnx, load_onnx) if format == "onnx" else (write_pt2, load_pt2)
+        write(predictor.model, part)
+        comparison = compare(load(part), digits, expected)
+        card = {
+            "name": "digitnet",
+            "file": output.name,
+            "format": format,
+            "sha256": hashlib.sha256(part.read_bytes()).hexdigest(),
+            "input": {INPUT: "uint8 [batch, 1, 28, 28], bright ink on 0, as MNIST has it"},
+            "outputs": OUTPUTS,
+            "uncertain_below": round(float(predictor.model.calibration.min_confidence), 6),
+            "temperature": round(float(predictor.model.calibration.temperature), 6),
+            "data": {"source": source, "split": split, "tested_on": "the last part"},
+            "test": comparison._asdict() | {"accuracy": 1 - comparison.num_errors / comparison.num_images},
+            "licence": "MIT",
+            "checkpoint_sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
+            "versions": list_versions(),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        card_part.write_text(json.dumps(card, indent=2) + "\n")
+    print(
+        f"{os.path.relpath(output)}: {output.stat().st_size / 1e6:.1f} MB\n"
+        f"compared on {comparison.num_images:,} test images: the same digits, "
+        f"logits within {comparison.max_logit_difference:.1e}; {comparison.num_errors:,} mistakes"
+    )
+
+
+def require(*packages: str) -> None:
+    """Raise ValueError unless packages can be imported."""
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise ValueError(f'ONNX needs the package {package} ({error}): pip install -e ".[export]"') from error
+
+
+def load_test_digits(checkpoint: Path, data_dir: Path | None) -> tuple[str, list[int], Digits]:
+    """The source, the split and the test digits that a checkpoint was trained with; MNIST's where it does not say."""
+    settings = verify_checkpoint(checkpoint).get("datamodule_hyper_parameters", {})
+    source, split = settings.get("source", "mnist"), list(settings.get("split", (60_000, 5_000, 5_000)))
+    digits = fetch_digits(source, data_dir)
+    start = split[0] + split[1]
+    return source, split, Digits(digits.images[start:], digits.labels[start:])
+
+
+def run_eagerly(predictor: Predictor, images: np.ndarray) -> np.ndarray:
+    """Logits (N, 10) of images (N, 28, 28) as the checkpoint itself has them."""
+    with torch.inference_mode():
+        batches = torch.from_numpy(images)[:, None].split(BATCH_SIZE)
+        return torch.cat([predictor.model(batch)[1] for batch in batches]).numpy()
+
+
+def compare(run: Run, digits: Digits, expected: np.ndarray) -> Comparison:
+    """Run an exported file on test digits, in batches of several sizes.
+
+    Args:
+        run: images (B, 1, 28, 28) to the file's outputs by name.
+        digits: the test digits.
+        expected: logits (N, 10) of the checkpoint.
+
+    Raises:
+        ValueError: a digit is read differently, or a logit is off by more than 1e-4.
+    """
+    images = digits.images[:, None]
+    ends = [1, 4, *range(4 + BATCH_SIZE, len(images), BATCH_SIZE)]
+    logits = np.concatenate([run(batch)["logits"] for batch in np.split(images, ends) if len(batch)])
+    difference = float(np.abs(logits - expected).max())
+    num_changed = int((logits.argmax(1) != expected.argmax(1)).sum())
+    if num_changed or not difference <= TOLERANCE:
+        raise ValueError(
+            f"the exported file is not the checkpoint: its logits differ by up to {difference:.1e}, where "
+            f"{TOLERANCE:.0e} is allowed, and it reads {num_changed} of {len(images):,} test images differently; "
+            "nothing was written"
+        )
+    return Comparison(len(images), int((logits.argmax(1) != digits.labels).sum()), difference)
+
+
+def trace(module: CalibratedNet) -> torch.export.ExportedProgram:
+    """The module as a graph for any number of images."""
+    batch = torch.export.Dim("batch", min=1, max=65_536)
+    example = torch.zeros(2, 1, 28, 28, dtype=torch.uint8)
+    return torch.export.export(module, (example,), dynamic_shapes={INPUT: {0: batch}})
+
+
+def write_pt2(module: CalibratedNet, path: Path) -> None:
+    """Write a file for ``torch.export.load``."""
+    content = io.BytesIO()
+    torch.export.save(trace(module), content)
+    path.write_bytes(content.getvalue())
+
+
+def load_pt2(path: Path) -> Run:
+    """A function that runs a .pt2 file."""
+    module = torch.export.load(io.BytesIO(path.read_bytes())).module()
+
+    def run(images: np.ndarray) -> dict[str, np.ndarray]:
+        with torch.inference_mode():
+            return {name: out.numpy() for name, out in zip(OUTPUTS, module(torch.from_numpy(images)), strict=True)}
+
+    return run
+
+
+def write_onnx(module: CalibratedNet, path: Path) -> None:
+    """Write an ONNX file, the weights inside."""
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's exporter warns of itself
+        program = torch.onnx.export(
+            trace(module), input_names=[INPUT], output_names=list(OUTPUTS), dynamo=True, verbose=False
+        )
+    assert program is not None
+    path.write_bytes(program.model_proto.SerializeToString())
+
+
+def load_onnx(path: Path) -> Run:
+    """A function that runs an ONNX file with ONNX Runtime, on the CPU."""
+    session: Any = importlib.import_module("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def run(images: np.ndarray) -> dict[str, np.ndarray]:
+        return dict(zip(OUTPUTS, session.run(list(OUTPUTS), {INPUT: images}), strict=True))
+
+    return run

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Run
+
+from digitnet.apply import export as module
+from digitnet.apply.predictor import Predictor
+from digitnet.data import load_bundled_digits
+
+WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = None
+import numpy as np, onnxruntime
+images = np.load(sys.argv[2])
+session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
+np.save(sys.argv[3], session.run(["probabilities"], {"images": images})[0])
+"""
+
+
+@pytest.mark.parametrize("format", ["onnx", "pt2"])
+def test_the_exported_file_reads_as_the_checkpoint_does(
+    digitnet: Run, trained_run: Path, tmp_path: Path, capsys: Any, format: str
+) -> None:
+    if format == "onnx":
+        for package in ("onnx", "onnxscript", "onnxruntime"):
+            pytest.importorskip(package)
+    checkpoint = trained_run / "checkpoints" / "best.ckpt"
+    output = tmp_path / "out" / f"net.{format}"
+    assert digitnet("export", "--ckpt_path", checkpoint, "--format", format, "--output", output) == 0
+    assert "180 test images: the same digits" in capsys.readouterr().out
+    assert sorted(path.name for path in output.parent.iterdir()) == ["net.json", f"net.{format}"]
+    card = json.loads(output.with_suffix(".json").read_text())
+    assert card["sha256"] == hashlib.sha256(output.read_bytes()).hexdigest()
+    assert (card["data"]["source"], card["test"]["num_images"]) == ("digits", 180)
+
+    images = load_bundled_digits().images[:7]
+    expected = np.array([reading.probabilities for reading in Predictor.load(checkpoint).read(images)])
+    if format == "pt2":
+        with torch.inference_mode():
+            found = torch.export.load(output).module()(torch.from_numpy(images)[:, None])[0].numpy()
+    else:
+        np.save(tmp_path / "images.npy", images[:, None])
+        paths = (output, tmp_path / "images.npy", tmp_path / "found.npy")
+        subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *map(str, paths)], check=True)
+        found = np.load(tmp_path / "found.npy")
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_a_file_that_differs_is_not_put_in_place(
+    digitnet: Run, trained_run: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "load_pt2", lambda path: lambda images: {"logits": np.ones((len(images), 10))})
+    output = tmp_path / "net.pt2"
+    args = ("--ckpt_path", trained_run / "checkpoints" / "best.ckpt", "--format", "pt2", "--output", output)
+    assert digitnet("export", *args) == 1
+    assert "is not the checkpoint" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_package_is_one_line(
+    digitnet: Run, trained_run: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setitem(sys.modules, "onnxscript", sys)
+    monkeypatch.setitem(sys.modules, "onnx", sys)
+    assert digitnet("export", "--ckpt_path", trained_run / "checkpoints" / "best.ckpt") == 1
+    assert "ONNX needs the package onnxruntime" in capsys.readouterr().err
