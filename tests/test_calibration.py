@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import QUICKSTART, SHORT, Run
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
@@ -75,10 +76,10 @@ def test_calibration_tells_digits_from_noise_and_is_the_same_each_time(
 ) -> None:
     net, train, val, test = parts
     state = torch.get_rng_state()
-    calibration = fit_calibration(net, train, val, seed=1)
+    calibration = fit_calibration(net, train, val, 1200, seed=1)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(99)
-    again = fit_calibration(net, train, val, seed=1).state_dict()
+    again = fit_calibration(net, train, val, 1200, seed=1).state_dict()
     assert all(torch.equal(value, again[name]) for name, value in calibration.state_dict().items())
 
     def share_of_digits(images: Tensor) -> float:
@@ -100,11 +101,14 @@ def test_without_a_calibration_nothing_changes() -> None:
     assert is_digit.all()
 
 
-def test_fit_leaves_a_calibration_in_the_best_checkpoint(trained_run: Path) -> None:
-    checkpoint = torch.load(trained_run / "checkpoints" / "best.ckpt", weights_only=True)
+@pytest.mark.parametrize("num_digits", [0, 100])
+def test_fit_leaves_a_calibration_in_the_best_checkpoint(digitnet: Run, tmp_path: Path, num_digits: int) -> None:
+    assert digitnet("fit", "--config", QUICKSTART, *SHORT, "--calibration.num_digits", num_digits) == 0
+    (best,) = tmp_path.rglob("best.ckpt")
+    checkpoint = torch.load(best, weights_only=True)
     calibration = Calibration.from_state(checkpoint["calibration"])
     assert 0.5 <= float(calibration.temperature) <= 10
-    assert torch.isfinite(calibration.max_score)
+    assert torch.isfinite(calibration.max_score) == bool(num_digits)
 
 
 def test_near_misses_are_pictures_and_some_are_turned_digits() -> None:

@@ -234,7 +234,7 @@ def test_a_failing_network_is_told_and_forgotten(predictor: Predictor) -> None:
                 raise ValueError("secret")
             return super().read(images)
 
-    with TestClient(create_app(FailsOnce(predictor.net)), raise_server_exceptions=False) as client:
+    with TestClient(create_app(FailsOnce(predictor.model.net)), raise_server_exceptions=False) as client:
         response = client.post("/predict", content=SEVEN)
         assert (response.status_code, list(response.json())) == (500, ["error"])
         assert "secret" not in response.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib
 import io
@@ -156,6 +157,8 @@ def trace(module: CalibratedNet) -> torch.export.ExportedProgram:
     """The module as a graph for any number of images."""
     batch = torch.export.Dim("batch", min=1, max=65_536)
     example = torch.zeros(2, 1, 28, 28, dtype=torch.uint8)
+    # torch.export.save takes weights in channels_last for slices of something larger, and warns.
+    module = copy.deepcopy(module).to(memory_format=torch.contiguous_format)
     return torch.export.export(module, (example,), dynamic_shapes={INPUT: {0: batch}})
 
 

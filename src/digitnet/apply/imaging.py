@@ -187,7 +187,7 @@ class Ink(NamedTuple):
 def find_ink(picture: Image.Image, invert: Invert) -> Ink | None:
     """Take away the paper, its shading and its shadows; None when nothing else is there."""
     pixels = np.asarray(picture, np.float32).reshape(picture.height, picture.width, -1)
-    shrink = math.ceil(max(picture.size) / 48)
+    shrink = math.ceil(max(picture.size) / 80)
     small = np.asarray(picture.reduce(shrink), np.float32)
     small = small.reshape(*small.shape[:2], -1)
     if small.shape[2] == 3 and np.ptp(small, axis=2).max() > 8:  # take the channel that shows the ink best
