@@ -1,7 +1,14 @@
-"""Pictures that hold no digit, made in code: does the network say so?"""
+"""What a checkpoint's answers are worth: confidence on MNIST's test digits, and pictures that hold no digit.
+
+    python benchmarks/non_digits.py lightning_logs/final/version_0/checkpoints/best.ckpt ... --num 1000
+
+The pictures are made in code and go the way that ``predict`` sends them. Several checkpoints, such as those of several
+seeds, stand side by side. Nothing here was seen by the detector, whose own drawings (``near_misses.py``) are others.
+"""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +17,11 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import gaussian_filter
 from sklearn.datasets import load_sample_images
+
+from digitnet.apply.imaging import normalize
+from digitnet.apply.predictor import Predictor, Reading
+from digitnet.calibrate import measure_ece
+from digitnet.data import Digits, fetch_digits
 
 SIDE = 112  # of a drawing, in pixels
 FONTS = sorted((Path(matplotlib.get_data_path()) / "fonts" / "ttf").glob("DejaVu*.ttf"))
@@ -139,5 +151,76 @@ def draw_photograph(rng: np.random.Generator) -> np.ndarray:
     return piece if rng.random() < 0.5 else 255 - piece
 
 
-DRAWINGS: dict[str, Draw] = {"letters": draw_letter, "shapes": draw_shape, "scribbles": draw_scribble}
-IMAGES: dict[str, Draw] = {"blank": draw_blank, "noise": draw_noise, "photographs": draw_photograph}
+KINDS: dict[str, Draw] = {
+    "blank": draw_blank,
+    "noise": draw_noise,
+    "photographs": draw_photograph,
+    "letters": draw_letter,
+    "shapes": draw_shape,
+    "scribbles": draw_scribble,
+}
+TURNED = (2, 3, 4, 5, 7)  # which are no digit upside down: 0, 1 and 8 stay one, 6 and 9 change places
+TARGET = 0.999  # accuracy of the answers that are not abstained from
+
+
+def measure_answers(readings: list[Reading], labels: np.ndarray) -> dict[str, float]:
+    """How far the answers on real digits can be believed, all in percent but the counts."""
+    probabilities = np.array([one.probabilities for one in readings])
+    confidence, is_right = probabilities.max(1), probabilities.argmax(1) == labels
+    certain = np.array([one.status == "ok" for one in readings])
+    order = np.argsort(-confidence)
+    accuracy = np.cumsum(is_right[order]) / np.arange(1, len(order) + 1)
+    return {
+        "mistakes": int((~is_right).sum()),
+        "calibration error (ECE, 15 bins)": 100 * measure_ece(confidence, is_right),
+        "not called certain": 100 * float((~certain).mean()),
+        "called no digit": 100 * float(np.mean([one.status == "no digit" for one in readings])),
+        "wrong although called certain": int((certain & ~is_right).sum()),
+        "accuracy of the certain": 100 * float(is_right[certain].mean()),
+        "fewest abstentions for 99.9 %": 100 * (1 - (np.flatnonzero(accuracy >= TARGET)[-1] + 1) / len(order)),
+    }
+
+
+def measure_rejection(predictor: Predictor, pictures: list[np.ndarray]) -> float:
+    """Share of pictures, (H, W) uint8, that ``predict`` calls no digit, in percent."""
+    found = [normalize(Image.fromarray(picture)) for picture in pictures]
+    images = np.array([one.image for one in found if one is not None], np.uint8).reshape(-1, 28, 28)
+    num_digits = sum(one.status != "no digit" for one in predictor.read(images))
+    return 100 * (1 - num_digits / len(pictures))
+
+
+def make_pictures(test: Digits, num: int, seed: int) -> dict[str, list[np.ndarray]]:
+    """``num`` pictures of each kind that hold no digit."""
+    pictures = {}
+    for name, draw in KINDS.items():
+        rng = np.random.default_rng([seed, *name.encode()])
+        pictures[name] = [draw(rng) for _ in range(num)]
+    turned = test.images[np.isin(test.labels, TURNED)][:num]
+    return pictures | {"digits upside down": list(np.rot90(turned, 2, (1, 2)))}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoints", type=Path, nargs="+")
+    parser.add_argument("--num", type=int, default=1000, help="pictures of each kind")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    digits = fetch_digits("mnist")
+    test = Digits(digits.images[65_000:], digits.labels[65_000:])
+    pictures = make_pictures(test, args.num, args.seed)
+    rows: dict[str, list[float]] = {}
+    for path in args.checkpoints:
+        predictor = Predictor.load(path)
+        measured = measure_answers(predictor.read(test.images), test.labels)
+        rejected = {name: measure_rejection(predictor, some) for name, some in pictures.items()}
+        rejected["all kinds, mean"] = float(np.mean(list(rejected.values())))
+        for name, value in (measured | {f"no digit: {name}": value for name, value in rejected.items()}).items():
+            rows.setdefault(name, []).append(value)
+    for name, values in rows.items():
+        print(
+            "| " + " | ".join([name, *(f"{value:.2f}" if isinstance(value, float) else str(value) for value in values)])
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import QUICKSTART, SHORT, Run
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
@@ -13,7 +14,7 @@ from digitnet.calibrate import choose_threshold, fit_calibration, fit_temperatur
 from digitnet.calibration import CalibratedNet, Calibration
 from digitnet.data import DigitDataset, Digits, load_bundled_digits
 from digitnet.model import DigitNet
-from digitnet.near_misses import blur, draw_noise, draw_polygons, draw_strokes, make_near_misses
+from digitnet.near_misses import blur, draw_letters, draw_noise, draw_polygons, draw_strokes, make_near_misses, place
 
 
 def draw_logits(num: int) -> tuple[Tensor, Tensor]:
@@ -76,10 +77,10 @@ def test_calibration_tells_digits_from_noise_and_is_the_same_each_time(
 ) -> None:
     net, train, val, test = parts
     state = torch.get_rng_state()
-    calibration = fit_calibration(net, train, val, 1200, seed=1)
+    calibration = fit_calibration(net, train, val, 300, seed=1)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(99)
-    again = fit_calibration(net, train, val, 1200, seed=1).state_dict()
+    again = fit_calibration(net, train, val, 300, seed=1).state_dict()
     assert all(torch.equal(value, again[name]) for name, value in calibration.state_dict().items())
 
     def share_of_digits(images: Tensor) -> float:
@@ -115,18 +116,39 @@ def test_near_misses_are_pictures_and_some_are_turned_digits() -> None:
     digits = load_bundled_digits()
     images = torch.from_numpy(digits.images[:40])[:, None].float() / 255
     labels = torch.from_numpy(digits.labels[:40]).long()
-    near = make_near_misses(images, labels, torch.Generator().manual_seed(0))
-    assert near.shape[1:] == (1, 28, 28)
+    near = make_near_misses(images, labels, torch.Generator().manual_seed(0), 600)
+    assert near.shape == (600, 1, 28, 28)
     assert near.min() >= 0
     assert near.max() <= 1
     assert not torch.isnan(near).any()
-    threes, zeros = images[labels == 3], images[labels == 0]
+    again = make_near_misses(images, labels, torch.Generator().manual_seed(0), 600)
+    assert torch.equal(near, again)
 
-    def is_there(image: Tensor) -> bool:
-        return bool((near == image).flatten(1).all(1).any())
+    def distance(image: Tensor) -> float:
+        return float((near - place(image[None])).abs().mean((1, 2, 3)).min())
 
-    assert all(is_there(three.flip((1, 2))) for three in threes)
-    assert not any(is_there(image) for image in (*threes, *zeros, *zeros.flip((2, 3))))
+    assert any(distance(three.flip((1, 2))) < 1e-3 for three in images[labels == 3])
+    assert all(distance(zero) > 0.01 for zero in images[labels == 0])
+
+
+def test_place_puts_ink_where_mnist_has_it(real_digits: Digits) -> None:
+    images = torch.from_numpy(real_digits.images[:100])[:, None].float() / 255
+    corner = F.pad(F.interpolate(images, (14, 14), mode="area"), (0, 14, 14, 0))
+    for image, placed in zip(images, place(corner), strict=True):
+        rows, columns = (placed[0] > 0.1).any(1).nonzero()[:, 0], (placed[0] > 0.1).any(0).nonzero()[:, 0]
+        assert 18 <= max(int(axis.max() - axis.min()) + 1 for axis in (rows, columns)) <= 22
+        for dim in (0, 1):
+            mass = placed[0].sum(dim)
+            assert float((mass * torch.arange(28.0)).sum() / mass.sum()) == pytest.approx(14, abs=0.6)
+        assert np.corrcoef(image.flatten(), placed.flatten())[0, 1] > 0.65
+
+
+def test_letters_are_upright_and_fit_the_page() -> None:
+    letters = draw_letters()
+    assert letters.shape == (9 * 38, 1, 28, 28)
+    assert not (letters[:, :, [0, -1]] > 0).any()
+    assert not (letters[..., [0, -1]] > 0).any()
+    assert float(letters.amax((1, 2, 3)).min()) > 0.5
 
 
 def test_drawings_lie_where_mnist_has_digits() -> None:

@@ -288,16 +288,20 @@ def test_ctrl_c_keeps_the_last_checkpoint_and_says_how_to_go_on(tmp_path: Path) 
         "--trainer.limit_train_batches",
         "4",
     ]
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [*command, "--trainer.max_epochs", "1000", "--early_stopping.patience", "1000"],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    last = tmp_path / "lightning_logs/quickstart/version_0/checkpoints/last.ckpt"
-    deadline = time.monotonic() + 90
-    while not last.exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where pytest runs in the background
+    ) as process:  # fmt: skip
+        last = tmp_path / "lightning_logs/quickstart/version_0/checkpoints/last.ckpt"
+        deadline = time.monotonic() + 90
+        while not last.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        try:
+            output, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert "Traceback" not in output
     assert (

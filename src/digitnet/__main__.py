@@ -65,7 +65,7 @@ def main(args: list[str] | None = None) -> int:
     args = sys.argv[1:] if args is None else args
     command = args[0] if args else ""
     if command in ("", "-h", "--help", "help"):
-        print(HELP.format(commands="\n".join(f"  {name:<10}{summary}" for name, (_, summary) in COMMANDS.items())))
+        print(HELP.format(commands="\n".join(f"  {name:<11}{summary}" for name, (_, summary) in COMMANDS.items())))
         return 0 if command else 2
     if command == "--version":
         print(f"digitnet {digitnet.__version__}")

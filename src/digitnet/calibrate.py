@@ -10,17 +10,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize_scalar
-from torch import Tensor
+from torch import Tensor, nn
 
 from digitnet.augment import RandomAffine
-from digitnet.calibration import MIN_CONFIDENCE, NUM_TRAITS, Calibration, Detector, describe
+from digitnet.calibration import MIN_CONFIDENCE, Calibration, Detector
 from digitnet.data import DigitDataset
+from digitnet.machine import choose_precision
 from digitnet.model import DigitNet
 from digitnet.near_misses import blur, make_near_misses
 
 TARGET_ACCURACY = 0.999  # of the answers that are not called uncertain
 REJECTED = 0.01  # share of the validation digits that are called no digit
-NUM_EPOCHS, BATCH_SIZE = 8, 128  # of the detector's training
+NUM_EPOCHS, BATCH_SIZE, MAX_LR = 20, 128, 2e-3  # of the detector's training
 
 
 def fit_calibration(
@@ -34,38 +35,33 @@ def fit_calibration(
         val: the validation digits.
         num_digits: how many training digits, evenly spread, the detector learns from; 0 for none that detects.
         seed: of everything random; PyTorch's own generators are left as they were.
+
+    Returns:
+        The calibration, on the CPU, in evaluation mode.
     """
-    net.eval()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    device = next(net.parameters()).device
+    with torch.random.fork_rng():  # its detector draws weights
         calibration = Calibration()
-        if num_digits:
-            picks = torch.linspace(0, len(train) - 1, min(num_digits, len(train))).long()
-            generator = torch.Generator().manual_seed(seed)
-            fit_detector(calibration.detector, net, train.images[picks], train.labels[picks], generator)
-    traits, logits = inspect(net, val.images)
+    logits = predict(net.eval(), val.images, device)
     temperature = fit_temperature(logits, val.labels)
     confidence = (logits.double() / temperature).softmax(dim=1).amax(dim=1)
     calibration.temperature.fill_(temperature)
     calibration.min_confidence.fill_(choose_threshold(confidence.numpy()))
     if num_digits:
-        with torch.no_grad():
-            scores = calibration.detector(traits)
+        picks = torch.linspace(0, len(train) - 1, min(num_digits, len(train))).long()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            generator = torch.Generator().manual_seed(seed)
+            calibration.detector = fit_detector(train.images[picks], train.labels[picks], device, generator)
+        scores = predict(calibration.detector, val.images, device)
         calibration.max_score.fill_(float(scores.quantile(1 - REJECTED, interpolation="higher")))
-    return calibration.eval()
+    return calibration.cpu().eval()
 
 
-def inspect(net: DigitNet, images: Tensor, batch_size: int = 250) -> tuple[Tensor, Tensor]:
-    """Traits (N, NUM_TRAITS) and logits (N, 10) of images (N, 1, 28, 28); float32, on the CPU."""
-    device = next(net.parameters()).device
-    traits, logits = torch.empty(len(images), NUM_TRAITS), torch.empty(len(images), 10)
-    with torch.no_grad():
-        for start in range(0, len(images), batch_size):
-            rows = slice(start, start + batch_size)
-            middle, features = net.extract(images[rows].to(device))
-            found = net.classify(features)
-            traits[rows], logits[rows] = describe(middle, features, found), found
-    return traits, logits
+@torch.no_grad()
+def predict(module: nn.Module, images: Tensor, device: torch.device, batch_size: int = 250) -> Tensor:
+    """What a module makes of images (N, 1, 28, 28), batch by batch on its device; float32 (N, ...) on the CPU."""
+    return torch.cat([module(batch.to(device)).float().cpu() for batch in images.split(batch_size)])
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
@@ -116,43 +112,49 @@ def measure_ece(confidence: np.ndarray, is_right: np.ndarray, num_bins: int = 15
     return float(np.abs(gaps).sum() / len(confidence))
 
 
-def fit_detector(detector: Detector, net: DigitNet, images: Tensor, labels: Tensor, generator: torch.Generator) -> None:
-    """Train a detector of non-digits on what the network makes of digits, and of near misses made from them.
+def fit_detector(images: Tensor, labels: Tensor, device: torch.device, generator: torch.Generator) -> Detector:
+    """Train a detector of non-digits on digits and on near misses made of them.
 
     Args:
-        detector: left in evaluation mode.
-        net: the trained network, in evaluation mode.
-        images: training digits (N, 1, 28, 28) uint8; up to twice as many near misses are made of them.
+        images: training digits (N, 1, 28, 28) uint8; about twice as many near misses are made of them.
         labels: (N,) int64.
-        generator: what the near misses are drawn from; PyTorch's own generator is drawn from, too.
+        device: where to train.
+        generator: what is drawn from, on the CPU; PyTorch's own generator is drawn from, too.
+
+    Returns:
+        The detector, on the device, in evaluation mode.
     """
+    detector = Detector().to(memory_format=torch.channels_last).to(device)
+    precision, _ = choose_precision(device.type)
     digits = images.float() / 255
-    near = make_near_misses(digits[::2], labels[::2], generator)
-    near = near[torch.randperm(len(near), generator=generator)[: 2 * len(digits)]]
-    traits, _ = inspect(net, torch.cat([vary(digits, generator), near]))
-    targets = (torch.arange(len(traits)) >= len(digits)).float()
-    known = traits[: len(digits)]
-    detector.mean.copy_(known.mean(0))
-    detector.scale.copy_(known.std(0) + 0.05 * known.std(0).mean())  # some traits hardly vary among digits
-    num_steps = max(100, NUM_EPOCHS * len(traits) // BATCH_SIZE)
-    optimizer = torch.optim.AdamW(detector.parameters(), 1e-3)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
-    detector.train()
-    for _ in range(num_steps):
-        batch = torch.randint(len(traits), (BATCH_SIZE,))
-        loss = F.binary_cross_entropy_with_logits(detector(traits[batch]), targets[batch])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        scheduler.step()
-    detector.eval()
+    pictures = torch.cat([digits, make_near_misses(digits, labels, generator, 2 * len(digits))])
+    targets = (torch.arange(len(pictures)) >= len(digits)).float()
+    batch_size = min(BATCH_SIZE, len(pictures))
+    num_steps = len(pictures) // batch_size
+    optimizer = torch.optim.AdamW(detector.parameters())
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, MAX_LR, NUM_EPOCHS * num_steps)
+    for _ in range(NUM_EPOCHS):
+        for rows in torch.randperm(len(pictures), generator=generator).split(batch_size)[:num_steps]:
+            batch = vary(pictures[rows], generator).to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
+                scores = detector(batch)
+            loss = F.binary_cross_entropy_with_logits(scores.float(), targets[rows].to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+    return detector.eval()
 
 
-def vary(digits: Tensor, generator: torch.Generator) -> Tensor:
-    """Digits as other people's pens and papers give them: two thirds turned and shifted, half of those blurred too."""
-    plain, num_moved = digits[0::3], len(digits[1::3])
-    turned = RandomAffine(15.0, 0.05)(torch.cat([digits[1::3], digits[2::3]]))
-    moved, blurred = turned[:num_moved], turned[num_moved:]
-    width, gain = torch.rand(2, len(blurred), generator=generator)
-    blurred = (blur(blurred, 0.4 + 0.5 * width) * (1 + 1.5 * gain)[:, None, None, None]).clamp(max=1)
-    return torch.cat([plain, moved, blurred])
+def vary(pictures: Tensor, generator: torch.Generator) -> Tensor:
+    """Pictures as other people's pens and papers give them: two thirds turned and shifted, half of those blurred too.
+
+    Args:
+        pictures: (B, 1, 28, 28) in [0, 1], on the CPU; their order stays.
+        generator: decides how blurred and how bright.
+    """
+    third = len(pictures) // 3
+    turned = RandomAffine(15.0, 0.05)(pictures[third:])
+    width, gain = torch.rand(2, third, generator=generator)
+    blurred = (blur(turned[:third], 0.4 + 0.5 * width) * (1 + 1.5 * gain)[:, None, None, None]).clamp(max=1)
+    return torch.cat([pictures[:third], blurred, turned[third:]])

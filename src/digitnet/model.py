@@ -54,22 +54,14 @@ class DigitNet(nn.Module):
         Returns:
             Logits (B, 10), unbounded; their softmax is the probability of each digit.
         """
-        _, features = self.extract(images)
-        return self.classify(features)
-
-    def extract(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """What the convolutions find in images: after the third (B, 128, 7, 7), after all (B, 2304); at least 0."""
         x = images.float() / 255 if images.dtype == torch.uint8 else images  # (B, 1, 28, 28)
         x = self.conv_dropout(F.relu(self.pool(self.conv1(x))))  # (B, 64, 14, 14)
         x = F.relu(self.conv2(x))  # (B, 128, 14, 14)
-        middle = self.conv_dropout(F.relu(self.pool(self.conv3(x))))  # (B, 128, 7, 7)
-        x = F.relu(self.conv4(middle))  # (B, 256, 7, 7)
+        x = self.conv_dropout(F.relu(self.pool(self.conv3(x))))  # (B, 128, 7, 7)
+        x = F.relu(self.conv4(x))  # (B, 256, 7, 7)
         x = self.conv_dropout(F.relu(self.pool(self.conv5(x))))  # (B, 256, 3, 3)
-        return middle, x.flatten(1)  # (B, 2304)
-
-    def classify(self, features: Tensor) -> Tensor:
-        """Logits (B, 10) of the last features (B, 2304)."""
-        x = self.dropout(F.relu(self.fc1(features)))  # (B, 128)
+        x = x.flatten(1)  # (B, 2304)
+        x = self.dropout(F.relu(self.fc1(x)))  # (B, 128)
         x = self.dropout(F.relu(self.fc2(x)))  # (B, 64)
         return self.fc3(x)  # (B, 10)
 

@@ -1,33 +1,54 @@
 """Pictures that are almost digits: what a detector of non-digits learns from.
 
-Digits turned, mirrored, cut up and mixed; random pen strokes and filled polygons in the 20x20 box that MNIST gives a
-digit; noise, clouds and paper. All come from the training digits and a random generator: no font, no photograph.
+Digits turned, mirrored, cut up and mixed; letters; random pen strokes, polygons, stars and crosses; noise, clouds and
+paper. All but the last lie in the 20x20 box that MNIST gives a digit, as that is where a picture's ink is put.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import matplotlib
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 BOX, SIDE = 20, 28  # MNIST: a digit fits in BOX x BOX, its centre of mass in the middle of SIDE x SIDE
+CORNERS = (3, 4, 5, 6, 8, 10, 12)  # of polygons and stars
+FONTS = ("STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "cmr10", "cmb10", "cmss10", "cmtt10", "cmti10", "cmmi10")
+LETTERS = "ABCDEFGHJKMNPQRTUVWXYacdefhkmnprtuvwxy"
 NUM_POINTS = 300  # along the strokes of a drawing
 # Strokes and the points that each goes through: letter-like signs, hooks, scribbles.
-STROKES = ((2, 3), (3, 2), (4, 2), (2, 4), (3, 3), (1, 6), (1, 9), (1, 14))
+STROKES = ((2, 2), (2, 3), (3, 2), (4, 2), (2, 4), (3, 3), (1, 6), (1, 9), (1, 14))
 
 
-def make_near_misses(images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-    """Make about 6 pictures from every digit, none of them a digit save by accident.
+def make_near_misses(images: Tensor, labels: Tensor, generator: torch.Generator, num: int) -> Tensor:
+    """Make pictures that are no digits, save by accident.
 
     Args:
-        images: (N, 1, 28, 28), floating point in [0, 1], on the CPU.
+        images: digits (N, 1, 28, 28), floating point in [0, 1], on the CPU.
         labels: (N,) int64.
         generator: what everything random is drawn from.
+        num: how many pictures.
 
     Returns:
-        (M, 1, 28, 28) in [0, 1], kind after kind.
+        (num, 1, 28, 28) in [0, 1], kind after kind: changed digits, letters, drawings, and paper.
     """
-    return torch.cat([*_change_digits(images, labels, generator), *_draw(max(1, len(images) // 4), generator)])
+    shares = [round(num * share) for share in (0.3, 0.15, 0.43)]
+    kinds = [
+        place(torch.cat(_change_digits(images, labels, generator))),
+        place(draw_letters()),
+        torch.cat(_draw(max(1, num // 24), generator)),
+    ]
+    num_paper = num - sum(shares)
+    paper = [1 - images[torch.randint(len(images), (num_paper // 3,), generator=generator)]]
+    paper.append(draw_noise(num_paper - num_paper // 3, generator))
+    picked = [
+        kind[torch.randint(len(kind), (share,), generator=generator)] for kind, share in zip(kinds, shares, strict=True)
+    ]
+    return torch.cat([*picked, *paper])
 
 
 def _change_digits(images: Tensor, labels: Tensor, generator: torch.Generator) -> list[Tensor]:
@@ -55,26 +76,47 @@ def _change_digits(images: Tensor, labels: Tensor, generator: torch.Generator) -
         shuffled[::2],
         torch.maximum(images, images[others])[mixed][::2],
         torch.cat([narrow, narrow[others]], 3)[::4],
-        1 - images[::4],
     ]
 
 
 def _draw(num: int, generator: torch.Generator) -> list[Tensor]:
-    drawn = []
+    drawn, filled = [], []
     for num_strokes, num_corners in STROKES:
         corners = torch.rand(num, num_strokes, num_corners, 2, generator=generator)
         if num_corners < 5:
             corners = (2 * corners).round() / 2 + (corners - 0.5) / 4  # near a 3x3 grid, as the corners of letters
         drawn.append(draw_strokes(corners, generator))
-    for num_corners in (3, 4, 5, 8, 12):
-        turn, rough = torch.rand(2, num // 2 + 1, 1, generator=generator)
+    for num_corners in CORNERS:
+        turn, rough = torch.rand(2, num, 1, generator=generator)
         angles = 2 * torch.pi * (torch.arange(num_corners) / num_corners + turn)
-        radii = 1 - rough * torch.rand(len(rough), num_corners, generator=generator)
+        radii = 1 - rough**2 * torch.rand(num, num_corners, generator=generator)
+        if num_corners % 2 == 0:  # half of them stars
+            radii[::2, ::2] *= 0.3 + 0.3 * torch.rand(len(radii[::2]), 1, generator=generator)
         corners = torch.stack([radii * angles.cos(), radii * angles.sin()], 2)
-        drawn.append(draw_polygons(corners))
-        if num_corners < 5:  # the outline of more corners is a 0
+        filled.append(draw_polygons(corners))
+        if num_corners in (3, 4):  # the outline of more corners is a 0, save a star's
             drawn.append(draw_strokes(torch.cat([corners, corners[:, :1]], 1)[:, None], generator))
-    return [*drawn, draw_noise(2 * num, generator)]
+        elif num_corners % 2 == 0:
+            drawn.append(draw_strokes(torch.cat([corners, corners[:, :1]], 1)[::2, None], generator))
+    turn, bend = torch.rand(2, num, 1, generator=generator)
+    angles = 2 * torch.pi * turn + torch.pi * torch.tensor([0, 0.5]) * (0.7 + 0.6 * bend)
+    arms = torch.stack([angles.cos(), angles.sin()], 2)[:, :, None]  # (num, 2, 1, 2)
+    crosses = draw_strokes(torch.cat([-arms, arms], 2), generator)
+    polygons = place(torch.cat(filled))
+    small = [shrink(polygons, side) for side in (14, 18)]  # as what is thinned gets smaller
+    return [place(torch.cat([*drawn, crosses])), polygons, *small]
+
+
+def draw_letters() -> Tensor:
+    """The capital and small letters that look like no digit, in some of the fonts that come with matplotlib."""
+    drawn = []
+    for name in FONTS:
+        font = ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", f"{name}.ttf")), 80)
+        for letter in LETTERS:
+            page = Image.new("L", (112, 112))  # four times as large
+            ImageDraw.Draw(page).text((56, 56), letter, 255, font, anchor="mm")
+            drawn.append(np.asarray(page.resize((SIDE, SIDE), Image.Resampling.BOX)))
+    return torch.from_numpy(np.array(drawn))[:, None].float() / 255
 
 
 def draw_strokes(corners: Tensor, generator: torch.Generator) -> Tensor:
@@ -130,6 +172,33 @@ def draw_noise(num: int, generator: torch.Generator) -> Tensor:
     image = torch.where(_uniform(num, generator) < 0.5, cloud, blots) * _uniform(num, generator) ** 2
     grey = _uniform(num, generator) * (_uniform(num, generator) < 0.5)
     return (image + grey).clamp(max=1)
+
+
+def shrink(images: Tensor, side: int) -> Tensor:
+    """Images (N, 1, 28, 28) at ``side`` pixels in the middle of 28."""
+    before, after = (SIDE - side) // 2, (SIDE - side + 1) // 2
+    return F.pad(F.interpolate(images, (side, side), mode="area"), (before, after, before, after))
+
+
+def place(images: Tensor) -> Tensor:
+    """Scale and shift images (N, 1, 28, 28) in [0, 1] so that their ink lies where MNIST has a digit's."""
+    ink = images - images.amin((2, 3), keepdim=True)
+    mask = ink > 0.1 * ink.amax((2, 3), keepdim=True)  # (N, 1, 28, 28)
+    axis = torch.arange(SIDE, dtype=torch.float32)
+    lengths, centres = [], []
+    for dim in (2, 3):  # columns, then rows: (N, 28), is there ink
+        some = mask.any(dim)[:, 0]
+        low = torch.where(some, axis, SIDE).amin(1)
+        high = torch.where(some, axis, -1).amax(1)
+        mass = ink.sum(dim)[:, 0]
+        lengths.append(high - low + 1)
+        centres.append((mass * axis).sum(1) / mass.sum(1).clamp(min=1e-6))
+    scale = torch.stack(lengths).amax(0).clamp(min=1) / BOX
+    # MNIST's centre of mass is in the middle of the 15th pixel; affine_grid counts from -1 to 1.
+    shifts = [(centre + 0.5) / (SIDE / 2) - 1 - scale * (14.5 / (SIDE / 2) - 1) for centre in centres]
+    zero = torch.zeros_like(scale)
+    theta = torch.stack([scale, zero, shifts[0], zero, scale, shifts[1]], 1).view(-1, 2, 3)
+    return F.grid_sample(ink, F.affine_grid(theta, list(ink.shape), align_corners=False), align_corners=False)
 
 
 def blur(images: Tensor, sigma: Tensor) -> Tensor:

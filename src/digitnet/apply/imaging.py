@@ -31,6 +31,7 @@ WINDOW = 0.35  # of a picture's shorter side; no stroke is that wide
 WORK_SIDE, SHEET_SIDE = 384, 1536  # a digit is looked for at this size
 MIN_SIDE = 96  # what is smaller is enlarged first
 MIN_CONTRAST = 12  # grey levels; less is paper
+MIN_SHARE = 0.3  # of how much the shading varies; ink that is fainter everywhere is shading
 GAP = 0.15  # of the digit: strokes of one digit are not further apart
 FINE = 4  # strokes are measured and changed at this many times MNIST's resolution
 STROKE_RANGE = (2.1, 4.4)  # pixels of 28; thinner is thickened to the first, thicker thinned to the second
@@ -217,10 +218,11 @@ def find_ink(picture: Image.Image, invert: Invert) -> Ink | None:
     values -= np.median(values)
     noise = 1.4826 * float(np.median(np.abs(values)))
     floor = max(MIN_CONTRAST, 4 * noise)
-    if np.ptp(closed) > 16:
+    shading = float(np.ptp(closed))
+    if shading > 16:
         steps.append("shading removed")
     ink = without_lines(Ink(values.clip(0, 255), floor, tuple(steps)))
-    return ink if (ink.values > floor).any() else None
+    return ink if ink.values.max() > max(floor, MIN_SHARE * shading) else None
 
 
 class Paper(NamedTuple):
