@@ -137,8 +137,8 @@ def test_full_disk_keeps_the_checkpoint_before(
     assert digitnet(*flags, "--trainer.max_epochs", 3) == 0
 
     def fill_disk() -> None:  # what is written beside the old checkpoint goes to a device without room
-        for name in ("last", "best"):
-            (RUN.with_name("version_1") / "checkpoints" / f".{name}.ckpt.{os.getpid()}.part").symlink_to("/dev/full")
+        part = RUN.with_name("version_1") / "checkpoints" / f".last.ckpt.{os.getpid()}.part"
+        part.symlink_to("/dev/full")
 
     with monkeypatch.context() as patch:
         die_in_epoch(patch, 1, fill_disk)
@@ -167,20 +167,19 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
 
 
 def test_damaged_last_checkpoint_gives_way_to_the_one_before(
-    digitnet: Run, tmp_path: Path, trained_run: Path, capfd: pytest.CaptureFixture[str]
+    digitnet: Run, tmp_path: Path, trained_run: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     original = weights(trained_run / "checkpoints" / "last.ckpt")
     for damage, spoil in DAMAGES.items():
         shutil.rmtree(tmp_path / "lightning_logs", ignore_errors=True)
         shutil.copytree(trained_run, RUN)
         spoil(RUN / "checkpoints" / "last.ckpt")
-        capfd.readouterr()
+        caplog.clear()
         assert digitnet("fit", "--ckpt_path", "last") == 0
-        output = capfd.readouterr()
-        told = [line for line in (output.out + output.err).splitlines() if "going on from the one before it" in line]
+        told = [line for line in caplog.messages if "going on from the one before it" in line]
         assert len(told) == 1, damage
         assert "last.ckpt is not a checkpoint that can be read safely" in told[0]
-        assert "previous.ckpt" in output.out + output.err
+        assert f"fit: {RUN}/checkpoints/previous.ckpt" in caplog.messages
         found = weights(RUN / "checkpoints" / "last.ckpt")
         assert all(torch.equal(found[name], original[name]) for name in original), damage
 

@@ -1,4 +1,4 @@
-"""Where the checkpoints of runs lie, whether a file is one, and how to write one. Needs no Lightning: it is slow to import."""
+"""Where the checkpoints of runs lie, whether a file is one, and how to write one. Without Lightning, slow to import."""
 
 from __future__ import annotations
 
