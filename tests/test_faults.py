@@ -17,7 +17,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import QUICKSTART, SHORT, Run
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from digitnet.checkpoints import save_checkpoint
 from digitnet.classifier import DigitClassifier
 
 FIT = [sys.executable, "-m", "digitnet", "fit", "--config", str(QUICKSTART), *map(str, SHORT)]
@@ -323,3 +325,27 @@ def test_a_config_names_only_what_it_may(
     monkeypatch.setenv("DIGITNET_ALLOW_IMPORTS", "rm -rf")
     assert digitnet("fit", "--config", QUICKSTART) == 1
     assert "DIGITNET_ALLOW_IMPORTS is rm -rf" in capsys.readouterr().err
+
+
+def test_killed_while_saving_keeps_the_curves(digitnet: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from digitnet import callbacks
+
+    flags = ("fit", "--config", QUICKSTART, *SHORT, "--trainer.max_epochs", 3)
+    assert digitnet(*flags) == 0
+
+    def save(checkpoint: dict[str, Any], path: Path) -> None:
+        if path.name == "last.ckpt" and checkpoint["epoch"] == 1:
+            raise PowerCut  # the epoch's curves are written by now, and will be once more
+        save_checkpoint(checkpoint, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(callbacks, "save_checkpoint", save)
+        with pytest.raises(PowerCut):
+            digitnet(*flags)
+    assert digitnet("fit", "--ckpt_path", "last") == 0
+    whole, resumed = (EventAccumulator(str(RUN.with_name(f"version_{n}"))) for n in (0, 1))
+    whole.Reload()
+    resumed.Reload()
+    for tag in ("val/loss", "val/acc", "hp/val_acc", "train/loss", "lr-Adam"):
+        one, two = ([(event.step, event.value) for event in events.Scalars(tag)] for events in (whole, resumed))
+        assert one == two, tag

@@ -211,7 +211,7 @@ class HyperparameterSummary(Callback):
         if not trainer.sanity_checking:
             self.best = max(self.best, float(trainer.callback_metrics.get("val/acc", 0)))
             for logger in trainer.loggers:
-                logger.log_metrics({"hp/val_acc": self.best}, step=trainer.global_step)
+                logger.log_metrics({"hp/val_acc": self.best}, step=max(0, trainer.global_step - 1))  # as val/acc
 
     def state_dict(self) -> dict[str, float]:
         return {"best": self.best}

@@ -244,6 +244,9 @@ class DigitCLI(LightningCLI):
             for logger in self.trainer.loggers:
                 if isinstance(logger, TensorBoardLogger) and self.trainer.is_global_zero:
                     stack.enter_context(claim_folder(logger, to_go_on=self.run_dir is not None))
+                    if self.run_dir and self.checkpoint:
+                        # TensorBoard forgets what a killed run logged after the checkpoint: it is logged again.
+                        logger._kwargs["purge_step"] = verify_checkpoint(self.checkpoint)["global_step"]
             stack.enter_context(explain_failures(self.trainer))
             try:
                 self.trainer.fit(model, **kwargs, weights_only=True)
