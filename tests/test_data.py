@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import gzip
 import hashlib
+import http.server
 import io
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -333,6 +335,101 @@ def test_data_home(fake: Digits, tmp_path: Path, home: Path, monkeypatch: pytest
             fetch_digits("mnist", path)
 
 
+# --- servers that misbehave -------------------------------------------------------------------------------------------
+
+
+class BadServer(http.server.BaseHTTPRequestHandler):
+    """Serves the four classic files, each in the way that its folder's name says."""
+
+    folder: Path
+
+    def do_GET(self) -> None:
+        way, name = self.path.strip("/").split("/")
+        data = (self.folder / name).read_bytes()
+        if way == "503":
+            self.send_error(503, "Service Unavailable")
+            return
+        if way == "page":
+            data = b"<html>We are sorry, something went wrong.</html>"
+        elif way == "altered":
+            data = gzip.compress(bytes(1000))
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if way == "stalls":
+            self.wfile.write(data[:100])
+            self.wfile.flush()
+            time.sleep(0.4)
+        elif way == "breaks":
+            self.wfile.write(data[: len(data) // 2])
+        else:
+            self.wfile.write(data)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def mirror(fake: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Let torchvision ask a server on this machine, and OpenML be down; called with the ways that it answers in."""
+    from torchvision.datasets import MNIST
+
+    folder = save_idx(tmp_path / "served", fake, num_train=60_000, suffix=".gz")
+    names = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
+    files = [f"{name}-ubyte.gz" for name in names]
+    digests = [(name, hashlib.md5((folder / name).read_bytes()).hexdigest()) for name in files]
+    handler = type("Handler", (BadServer,), {"folder": folder})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.handle_error = lambda *args: None  # type: ignore[method-assign]  # a client that hangs up is no news
+    Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(MNIST, "resources", digests)
+    monkeypatch.setattr(sources, "SOCKET_TIMEOUT_S", 0.15)
+    monkeypatch.setattr(sources, "_fetch_openml", lambda home: (_ for _ in ()).throw(OSError("down")))
+
+    def answer(*ways: str) -> None:
+        monkeypatch.setattr(MNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/{way}/" for way in ways])
+
+    yield answer
+    server.shutdown()
+    server.server_close()
+
+
+BAD_ANSWERS = {
+    "503": "HTTP Error 503",
+    "page": "File not found or corrupted",
+    "altered": "File not found or corrupted",
+    "breaks": "",  # torchvision finds the digest wrong, or the connection closed
+    "stalls": "timed out",
+}
+
+
+@pytest.mark.parametrize("way", BAD_ANSWERS)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # torchvision leaves sockets open
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+def test_bad_server_is_told_and_nothing_of_it_is_kept(
+    mirror: Callable[..., None], home: Path, naps: list[float], way: str
+) -> None:
+    mirror(way)
+    with pytest.raises(OSError, match=r"^MNIST cannot be had\.") as caught:
+        fetch_digits("mnist", home)
+    message = str(caught.value)
+    assert "torchvision's MNIST mirror: " in message
+    assert BAD_ANSWERS[way] in message
+    assert "\n" not in message
+    assert not [path for path in home.rglob("*") if path.is_file() and path.suffix != ".lock"]
+
+
+@pytest.mark.parametrize("way", ["503", "page", "breaks"])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+def test_a_good_mirror_stands_in_for_a_bad_one(
+    mirror: Callable[..., None], fake: Digits, home: Path, naps: list[float], way: str
+) -> None:
+    mirror(way, "whole")
+    assert same(fetch_digits("mnist", home), fake)
+    assert same(cache.load_cache(cache_of(home)), fake)
+
+
 # --- several processes ------------------------------------------------------------------------------------------------
 
 
@@ -346,18 +443,18 @@ def test_processes_that_start_together_fetch_once(
         return fake
 
     monkeypatch.setattr(sources, "_fetch_openml", fetch)
-    barrier = FORK.Barrier(4)
+    barrier = FORK.Barrier(8)
 
     def work() -> None:
         barrier.wait()
         os._exit(0 if same(fetch_digits("mnist", home), fake) else 1)
 
-    processes = [FORK.Process(target=work) for _ in range(4)]
+    processes = [FORK.Process(target=work) for _ in range(8)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(timeout=30)
-    assert [process.exitcode for process in processes] == [0] * 4
+    assert [process.exitcode for process in processes] == [0] * 8
     assert len(list(tmp_path.glob("fetched by *"))) == 1
 
 

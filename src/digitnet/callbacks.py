@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import time
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 
 from digitnet.calibrate import fit_calibration
+from digitnet.checkpoints import save_checkpoint
 from digitnet.classifier import DigitClassifier
 from digitnet.data import MNISTDataModule
 from digitnet.files import replace_whole
@@ -51,8 +56,18 @@ class WholeCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint whole or not at all; Lightning's own may be stopped while it copies onto the only one."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        with replace_whole(Path(path)) as part:
-            torch.save(checkpoint, part)
+        save_checkpoint(checkpoint, Path(path))
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes the run's ``config.yaml`` whole or not at all, also when it replaces one: going on starts from it."""
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        for logger in trainer.loggers:
+            if logger.log_dir:
+                with replace_whole(Path(logger.log_dir, self.config_filename)) as part:
+                    part.write_text(self.parser.dump(self.config, skip_none=False))
+                break
 
 
 class SeedEachEpoch(Callback):
@@ -117,8 +132,7 @@ class Calibrate(Callback):
         path = Path(best[0])
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["calibration"] = calibration.state_dict()
-        with replace_whole(path) as part:
-            torch.save(checkpoint, part)
+        save_checkpoint(checkpoint, path)
         rank_zero_info(
             f"calibrated on {len(val):,} validation images: temperature {calibration.temperature:.3f}, "
             f"uncertain below {calibration.min_confidence:.3f}"
@@ -197,7 +211,7 @@ class HyperparameterSummary(Callback):
         if not trainer.sanity_checking:
             self.best = max(self.best, float(trainer.callback_metrics.get("val/acc", 0)))
             for logger in trainer.loggers:
-                logger.log_metrics({"hp/val_acc": self.best}, step=trainer.global_step)
+                logger.log_metrics({"hp/val_acc": self.best}, step=max(0, trainer.global_step - 1))  # as val/acc
 
     def state_dict(self) -> dict[str, float]:
         return {"best": self.best}
@@ -206,8 +220,61 @@ class HyperparameterSummary(Callback):
         self.best = state_dict["best"]
 
 
-class ResumeHint(Callback):
-    """When ``fit`` is interrupted, say what is kept and what to type to go on."""
+class StopOnNaN(Callback):
+    """Stop ``fit`` when the loss is no longer a finite number, before a checkpoint holds what it left.
+
+    Looked at every step on the CPU; else every 50 steps and at an epoch's last, as asking a device takes time.
+
+    Raises:
+        ValueError: the loss is infinite or not a number; the message says what to try.
+    """
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        outputs, _, batch_idx = args
+        alone_on_cpu = trainer.world_size == 1 and pl_module.device.type == "cpu"
+        if alone_on_cpu or batch_idx % 50 == 49 or trainer.is_last_batch:
+            # Of all processes: one that stopped alone would leave the others waiting.
+            loss = outputs["loss"] if alone_on_cpu else trainer.strategy.reduce(outputs["loss"], reduce_op="mean")
+            self._check(trainer, "train/loss", loss)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if "val/loss" in trainer.callback_metrics and not trainer.sanity_checking:
+            self._check(trainer, "val/loss", trainer.callback_metrics["val/loss"])
+
+    def _check(self, trainer: L.Trainer, name: str, loss: torch.Tensor) -> None:
+        if torch.isfinite(loss):
+            return
+        rate = trainer.optimizers[0].param_groups[0]["lr"]
+        precision = "" if str(trainer.precision) == "32-true" else ", --trainer.precision 32-true"
+        raise ValueError(
+            f"{name} is {loss.item()} in epoch {trainer.current_epoch}, after step {trainer.global_step}. Try a lower "
+            f"learning rate (--model.optimizer.lr; it is {rate:g}), --trainer.gradient_clip_val 1{precision}; "
+            "checkpoints of the epochs before are kept"
+        )
+
+
+class StopCleanly(Callback):
+    """Make SIGTERM stop ``fit`` as Ctrl-C does, and say what is kept and what to type to go on.
+
+    Lightning's own handler asks the other processes from within itself, and may wait for them for ever.
+    """
+
+    def __init__(self) -> None:
+        self.terminated = False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
+        if trainer.global_rank == 0:
+            signal.signal(signal.SIGTERM, self._terminate)  # Lightning puts the old handlers back when it is done
+        else:  # the first process ends the others
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def _terminate(self, signum: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        self.terminated = True
+        raise KeyboardInterrupt
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if not isinstance(exception, KeyboardInterrupt):

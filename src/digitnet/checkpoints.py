@@ -1,14 +1,17 @@
-"""Where the checkpoints of runs lie, and whether a file is one. Needs no Lightning, which takes seconds to import."""
+"""Where the checkpoints of runs lie, whether a file is one, and how to write one. Without Lightning, slow to import."""
 
 from __future__ import annotations
 
+import io
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from digitnet.files import replace_whole
 from digitnet.model import DigitNet
 
 LOG_DIR = Path("lightning_logs")
@@ -52,9 +55,15 @@ def verify_checkpoint(path: Path, to_resume: bool = False) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f'ckpt_path is "{path}": no such file; give the path of a .ckpt, or leave it out')
     try:
+        # PyTorch's own reader leaves the checksums alone; a file of its older formats has none.
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                raise ValueError(f"damaged: the checksum of {damaged} is wrong")
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a foreign file can fail in any way
-        reason = str(error).split(". ")[0].split("\n")[0]
+        reason = str(error).split(". ")[0].split("\n")[0] or type(error).__name__
         raise ValueError(f"{path} is not a checkpoint that can be read safely: {reason}") from error
     for key in ("state_dict", "pytorch-lightning_version"):
         if not isinstance(checkpoint, dict) or key not in checkpoint:
@@ -71,3 +80,52 @@ def verify_checkpoint(path: Path, to_resume: bool = False) -> dict[str, Any]:
     if to_resume and "optimizer_states" not in checkpoint:
         raise ValueError(f"{path} holds weights only; to go on with training, give a last.ckpt")
     return checkpoint
+
+
+def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint whole or not at all. Of ``last.ckpt``, the one before it is kept as ``previous.ckpt``.
+
+    Raises:
+        OSError: it cannot be written, as when the disk is full; the old one is as it was.
+    """
+    content = io.BytesIO()  # 17 MB; PyTorch writing to a file by itself does not say why it fails
+    torch.save(checkpoint, content)
+    try:
+        if path.name == "last.ckpt" and path.is_file():
+            with replace_whole(path.with_name("previous.ckpt")) as part:
+                try:
+                    os.link(path, part)
+                except OSError:  # a disk without second names for a file
+                    part.write_bytes(path.read_bytes())
+        with replace_whole(path) as part:
+            part.write_bytes(content.getbuffer())
+    except OSError as error:
+        kept = "the one before it is kept" if path.is_file() else "nothing is kept"
+        raise OSError(
+            f"cannot save {path} ({os.strerror(error.errno or 0)}); {kept}. Make room, "
+            "then go on: python -m digitnet fit --ckpt_path last"
+        ) from error
+
+
+def choose_resumable(path: Path) -> tuple[Path, str]:
+    """The checkpoint to go on from: the one given or, where a ``last.ckpt`` is damaged, the one before it.
+
+    Returns:
+        The path, and what is wrong with the one given, empty where it is sound.
+
+    Raises:
+        ValueError: neither can be used.
+    """
+    try:
+        verify_checkpoint(path, to_resume=True)
+        return path, ""
+    except ValueError as error:
+        previous = path.with_name("previous.ckpt")
+        if path.name != "last.ckpt" or not path.is_file():
+            raise
+        if not previous.is_file():
+            run = find_run(path)
+            again = f"; start anew: python -m digitnet fit --config {run / 'config.yaml'}" if run else ""
+            raise ValueError(f"{error}; there is no previous.ckpt beside it{again}") from error
+        verify_checkpoint(previous, to_resume=True)
+        return previous, str(error)

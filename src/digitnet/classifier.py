@@ -92,6 +92,18 @@ class DigitClassifier(L.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         self._log_epoch("train")
+        # Lightning steps these after the epoch's checkpoint is written, so that going on would miss the step.
+        for config in self.trainer.lr_scheduler_configs:
+            if isinstance(config.scheduler, ReduceLROnPlateau) and str(config.monitor) in self.metrics:
+                is_train = str(config.monitor).startswith("train/")
+                metrics = self.trainer.callback_metrics
+                value = self.get_metric(str(config.monitor)).compute() if is_train else metrics.get(str(config.monitor))
+                if value is not None:
+                    config.scheduler.step(value)
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
+        if not isinstance(scheduler, ReduceLROnPlateau):
+            super().lr_scheduler_step(scheduler, metric)
 
     def on_validation_epoch_end(self) -> None:
         self._log_epoch("val")

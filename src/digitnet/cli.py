@@ -7,16 +7,20 @@ the run's own folder; precision follows the hardware.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import shlex
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
+from filelock import FileLock, Timeout
 from jsonargparse import DefaultHelpFormatter
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import (
@@ -26,24 +30,27 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info
 
 from digitnet.callbacks import (
     Calibrate,
     HyperparameterSummary,
     PrintEpochs,
     RestoreBestWeights,
-    ResumeHint,
     RunCheckpoint,
     RunEarlyStopping,
+    SaveConfig,
     SeedEachEpoch,
+    StopCleanly,
+    StopOnNaN,
     Throughput,
     WholeCheckpointIO,
 )
-from digitnet.checkpoints import FIT_HINT, LOG_DIR, find_newest, find_run, verify_checkpoint
+from digitnet.checkpoints import FIT_HINT, LOG_DIR, choose_resumable, find_newest, find_run, verify_checkpoint
 from digitnet.classifier import DigitClassifier
 from digitnet.data import MNISTDataModule
 from digitnet.errors import OneLineErrors, nearest_name
+from digitnet.imports import limit_imports
 from digitnet.machine import choose_precision
 from digitnet.pictures import Pictures
 from digitnet.scores import WriteScores
@@ -98,12 +105,15 @@ class DigitCLI(LightningCLI):
         self.command = shlex.join(["python", "-m", "digitnet", *args])
         self.checkpoint: Path | None = None
         self.run_dir: Path | None = None  # of the checkpoint, when it lies in a run's folder
+        self.stop = StopCleanly()
         super().__init__(
             DigitClassifier,
             MNISTDataModule,
             args=args,
             parser_class=DigitParser,
             auto_configure_optimizers=False,
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"save_to_log_dir": False},
             seed_everything_default=42,
             trainer_defaults={
                 "max_epochs": 200,
@@ -148,7 +158,12 @@ class DigitCLI(LightningCLI):
         ckpt_path = finder.parse_known_args(flags)[0].ckpt_path
         if ckpt_path is not None and not {"-h", "--help"} & set(flags):
             self.checkpoint = find_newest(f"{ckpt_path}.ckpt") if ckpt_path in ("best", "last") else Path(ckpt_path)
-            verify_checkpoint(self.checkpoint, to_resume=subcommand == "fit")
+            if subcommand == "fit":
+                self.checkpoint, damage = choose_resumable(self.checkpoint)
+                if damage:
+                    rank_zero_info(f"{damage}; going on from the one before it")
+            else:
+                verify_checkpoint(self.checkpoint)
             self.run_dir = find_run(self.checkpoint)
             if self.run_dir:
                 flags = ["--config", str(self.run_dir / "config.yaml"), *flags]
@@ -185,7 +200,6 @@ class DigitCLI(LightningCLI):
         logger.init_args.save_dir = str(run_dir.parent.parent)
         logger.init_args.name = run_dir.parent.name
         logger.init_args.version = run_dir.name
-        self.save_config_kwargs["overwrite"] = True
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         settings = self._get(self.config_init, "trainer")
@@ -208,8 +222,8 @@ class DigitCLI(LightningCLI):
             configured = {key: self._get(self.config_init, key) for key in self._parser("fit").callback_keys}
             calibrate = configured.pop("calibration")
             callbacks += configured.values()
-            callbacks += [SeedEachEpoch(), Throughput(), HyperparameterSummary(summary)]
-            callbacks += [RestoreBestWeights(), calibrate, ResumeHint()]
+            callbacks += [SeedEachEpoch(), StopOnNaN(), Throughput(), HyperparameterSummary(summary)]
+            callbacks += [RestoreBestWeights(), calibrate, self.stop]
             if settings.logger is not False:
                 callbacks.append(LearningRateMonitor(logging_interval="epoch"))
             if not watched:
@@ -226,35 +240,97 @@ class DigitCLI(LightningCLI):
         # Data, optimizer and log folder first: where one of them is wrong, no half-made run is left behind.
         self.datamodule.setup("fit")
         model.configure_optimizers()
-        for logger in self.trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                verify_writable(Path(logger.log_dir))
-        try:
-            self.trainer.fit(model, **kwargs, weights_only=True)
-        except SystemExit:  # how Lightning ends after Ctrl-C
-            if self.trainer.interrupted:
-                sys.exit(130)
-            raise
+        with contextlib.ExitStack() as stack:
+            for logger in self.trainer.loggers:
+                if isinstance(logger, TensorBoardLogger) and self.trainer.is_global_zero:
+                    stack.enter_context(claim_folder(logger, to_go_on=self.run_dir is not None))
+                    if self.run_dir and self.checkpoint:
+                        # TensorBoard forgets what a killed run logged after the checkpoint: it is logged again.
+                        logger._kwargs["purge_step"] = verify_checkpoint(self.checkpoint)["global_step"]
+            stack.enter_context(explain_failures(self.trainer))
+            try:
+                self.trainer.fit(model, **kwargs, weights_only=True)
+            except SystemExit:  # how Lightning ends after Ctrl-C
+                if self.trainer.interrupted:
+                    sys.exit(143 if self.stop.terminated else 130)
+                raise
 
     def validate(self, model: DigitClassifier, **kwargs: Any) -> None:
-        self.trainer.validate(model, **kwargs, verbose=False, weights_only=True)
+        with explain_failures(self.trainer):
+            self.trainer.validate(model, **kwargs, verbose=False, weights_only=True)
 
     def test(self, model: DigitClassifier, **kwargs: Any) -> None:
-        self.trainer.test(model, **kwargs, verbose=False, weights_only=True)
+        with explain_failures(self.trainer):
+            self.trainer.test(model, **kwargs, verbose=False, weights_only=True)
 
 
-@rank_zero_only
-def verify_writable(folder: Path) -> None:
-    """Raise OSError unless files can be made in a folder, which is created if need be."""
+@contextlib.contextmanager
+def claim_folder(logger: TensorBoardLogger, to_go_on: bool) -> Iterator[None]:
+    """Make a run's folder this process's own until the block ends: runs started at once never share one.
+
+    Args:
+        logger: of the run. Without a version of its own it gets the next one that is free.
+        to_go_on: whether the folder is that of an earlier run.
+
+    Raises:
+        OSError: the folder cannot be made or written.
+        ValueError: another ``fit`` is at work in it, or it holds another run.
+    """
+    is_named = logger._version is not None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        Path(logger.log_dir).parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            folder = Path(logger.log_dir)
+            try:
+                folder.mkdir(exist_ok=is_named)
+                break
+            except FileExistsError:
+                if is_named:
+                    raise
+                logger._version = None  # another process was faster: look for the next one again
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise OSError(
-            f"cannot write to {folder} ({os.strerror(error.errno or 0)}); "
+            f"cannot write to {logger.log_dir} ({os.strerror(error.errno or 0)}); "
             "name another place with --trainer.logger.save_dir"
         ) from error
+    if (folder / "config.yaml").exists() and not to_go_on:
+        raise ValueError(f"{folder} holds a run; go on with fit --ckpt_path {folder}/checkpoints/last.ckpt")
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(f"another fit is at work in {folder}; wait for it to end, or stop it") from error
+    except (NotImplementedError, OSError):  # a disk that knows no locks
+        pass
+    try:
+        for abandoned in folder.rglob(".*.part"):  # by a process that was killed: the lock is ours
+            abandoned.unlink(missing_ok=True)
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def explain_failures(trainer: L.Trainer) -> Iterator[None]:
+    """Turn what PyTorch says of a full memory or a dead process into one line.
+
+    Raises:
+        OSError: in their place.
+    """
+    try:
+        yield
+    except (RuntimeError, torch.OutOfMemoryError) as error:
+        text = str(error)
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+            raise OSError("out of memory; try a smaller --data.batch_size or --data.eval_batch_size") from error
+        if trainer.world_size > 1 and ("onnection" in text or isinstance(error, torch.distributed.DistError)):
+            raise OSError(
+                f"process {trainer.global_rank} of {trainer.world_size} lost another one, which ended or was killed; "
+                "all stop. After fit, go on with: python -m digitnet fit --ckpt_path last"
+            ) from error
+        raise
 
 
 def hide_noise() -> None:
@@ -282,6 +358,7 @@ def main(args: list[str]) -> DigitCLI:
         ValueError, OSError: a setting, a file or the data is wrong; one line says which and what to do.
     """
     hide_noise()
+    limit_imports()
     try:
         return DigitCLI(args)
     except MisconfigurationException as error:

@@ -29,6 +29,13 @@ class OneLineErrors:
 def to_one_line(message: str) -> str:
     """The lines of a message that say something, joined into one."""
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
+    denied = re.search(r"Importing '([\w.]+)' is not allowed", message)
+    if denied:
+        return (
+            f"a config may not name {denied[1]}, but classes of digitnet, lightning, torch.nn, torch.optim, "
+            "torchmetrics and torchvision.transforms; allow more by package, if you trust it: "
+            f"DIGITNET_ALLOW_IMPORTS={denied[1].partition('.')[0]}"
+        )
     line = " ".join(line for line in lines if line and not _NOISE.match(line)) or " ".join(message.split())
     return re.sub(r"(?:a )?<class '(?:\w+\.)*(\w+)'>", r"\1", line)
 

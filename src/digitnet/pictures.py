@@ -82,7 +82,8 @@ class Pictures(CollectScores):
     def _draw_validation(self, trainer: L.Trainer) -> None:
         from digitnet import figures
 
-        self.drawn_step = step = trainer.global_step
+        self.drawn_step = trainer.global_step
+        step = max(0, trainer.global_step - 1)  # where val/acc is
         logits, labels = (scores.numpy() for scores in self.gather(trainer))
         images = trainer.datamodule.datasets[1].images[: len(labels), 0].numpy()  # type: ignore[attr-defined]
         odds = np.exp(logits - logits.max(axis=1, keepdims=True))

@@ -12,6 +12,7 @@ from digitnet import figures
 from digitnet.augment import Augmentation, RandomAffine, preview_augmentation
 from digitnet.data import MNISTDataModule
 from digitnet.errors import to_one_line
+from digitnet.imports import limit_imports
 from digitnet.study.page import render_page, write_file
 
 NUM_DRAWS = 8
@@ -95,6 +96,7 @@ def load_data_module(config: dict[str, Any]) -> MNISTDataModule:
     """
     from jsonargparse import ArgumentError, ArgumentParser
 
+    limit_imports()
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(MNISTDataModule, "data")
     try:

@@ -1,0 +1,86 @@
+"""``test`` on 1, 2 and 3 processes: the same mistakes, image by image?
+
+    python benchmarks/exact_scores.py --checkpoint best.ckpt --output results/exact_scores.json
+
+Scores the last 5,000 and the last 10,001 images of a data set, 10,001 being a number that neither 2 nor 3 divides, with
+``python -m digitnet test`` on that many CPU processes (gloo), in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from digitnet.checkpoints import save_checkpoint, verify_checkpoint
+from digitnet.data import fetch_digits
+from digitnet.files import replace_whole
+from digitnet.machine import describe_hardware, list_versions
+
+SIZES = (5_000, 10_001)
+PROCESSES = (1, 2, 3)
+
+
+def score(folder: Path, size: int, processes: int) -> dict[str, Any]:
+    """Mistakes and predictions of one test."""
+    flags = [
+        "--ckpt_path", "model.ckpt", "--data.source", "digits.npz", "--data.split", f"[1,1,{size}]",
+        "--trainer.accelerator", "cpu", "--trainer.devices", str(processes), "--trainer.precision", "32-true",
+    ]  # fmt: skip
+    strategy = ["--trainer.strategy", "ddp"] if processes > 1 else []
+    command = [sys.executable, "-m", "digitnet", "test", *flags, *strategy]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    rows = list(csv.DictReader((folder / "report" / "predictions.csv").read_text().splitlines()))
+    metrics = json.loads((folder / "report" / "metrics.json").read_text())
+    return {
+        "num_images": metrics["num_images"],
+        "num_errors": metrics["num_errors"],
+        "indices": [int(row["index"]) for row in rows],
+        "predictions": [int(row["prediction"]) for row in rows],
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--data", default="mnist", help="as data.source of a config")
+    parser.add_argument("--output", type=Path, default=Path("exact_scores.json"))
+    args = parser.parse_args()
+    digits = fetch_digits(args.data)
+    table: dict[str, dict[str, int]] = {}
+    is_exact = True
+    for size in SIZES:
+        with tempfile.TemporaryDirectory(prefix="digitnet-exact-") as name:
+            save_checkpoint(verify_checkpoint(args.checkpoint), Path(name, "model.ckpt"))
+            few = {"images": digits.images[-size - 2 :], "labels": digits.labels[-size - 2 :]}  # two go to train on
+            np.savez(Path(name, "digits.npz"), **few)
+            results = [score(Path(name), size, processes) for processes in PROCESSES]
+        for processes, result in zip(PROCESSES, results, strict=True):
+            is_exact &= result == results[0] and result["indices"] == list(range(2, size + 2))
+            table.setdefault(str(size), {})[str(processes)] = result["num_errors"]
+            print(f"{size:,} images, {processes} processes: {result['num_errors']} mistakes", flush=True)
+    report = {
+        "mistakes": table,
+        "is_exact": is_exact,
+        "hardware": describe_hardware(),
+        "versions": list_versions(),
+        "command": f"python benchmarks/exact_scores.py --data {Path(args.data).name}",
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+    with replace_whole(args.output) as part:
+        part.write_text(json.dumps(report, indent=2) + "\n")
+    print("equal, image by image" if is_exact else "NOT EQUAL")
+    return 0 if is_exact else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,26 @@
+"""Which classes a config may name: those that building a network, training it and drawing its data can need."""
+
+from __future__ import annotations
+
+import os
+
+from jsonargparse import set_parsing_settings
+
+# Naming a class runs its constructor with the config's arguments, so a config is a program in a small language. These
+# are its words; whoever defines a class outside of them allows its package by name.
+ALLOWED = ("digitnet", "lightning", "torch.nn", "torch.optim", "torchmetrics", "torchvision.transforms")
+VARIABLE = "DIGITNET_ALLOW_IMPORTS"  # more of them, separated by commas
+
+
+def limit_imports() -> None:
+    """Let configs and flags name classes of ``ALLOWED`` and ``DIGITNET_ALLOW_IMPORTS`` alone, in all of this process.
+
+    Raises:
+        ValueError: an entry of the environment variable is no name of a package, or one that is never allowed.
+    """
+    more = [name.strip() for name in os.environ.get(VARIABLE, "").split(",") if name.strip()]
+    dtypes = [f"torch.{name}" for name in ("bfloat16", "float16", "float32", "uint8")]  # arguments of transforms
+    try:
+        set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=[*ALLOWED, *dtypes, *more])
+    except ValueError as error:
+        raise ValueError(f"{VARIABLE} is {os.environ[VARIABLE]}: {error}") from error

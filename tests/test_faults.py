@@ -1,0 +1,362 @@
+"""What `fit` promises when things go wrong, each promise tested by breaking it. See docs/reliability.md."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import QUICKSTART, SHORT, Run
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from digitnet.checkpoints import save_checkpoint
+from digitnet.classifier import DigitClassifier
+
+FIT = [sys.executable, "-m", "digitnet", "fit", "--config", str(QUICKSTART), *map(str, SHORT)]
+ENDLESS = ["--trainer.max_epochs", "1000", "--early_stopping.patience", "1000"]
+RUN = Path("lightning_logs") / "quickstart" / "version_0"
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return torch.load(checkpoint, weights_only=True)["state_dict"]  # type: ignore[no-any-return]
+
+
+def same_weights(one: Path, two: Path) -> bool:
+    left, right = weights(one), weights(two)
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def error_lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    output = capsys.readouterr()
+    assert "Traceback" not in output.out + output.err
+    return [line for line in output.err.splitlines() if line.startswith("digitnet: error: ")]
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def parts(folder: Path) -> list[Path]:
+    return list(folder.rglob("*.part"))
+
+
+# --- stopped ----------------------------------------------------------------------------------------------------------
+
+
+def test_sigterm_stops_and_says_how_to_go_on(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [*FIT, *ENDLESS], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    last = RUN / "checkpoints" / "last.ckpt"
+    wait_for(tmp_path / last, process)
+    process.terminate()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "Traceback" not in output
+    assert f"the epochs before it are kept. To go on: python -m digitnet fit --ckpt_path {last}" in output
+    assert torch.load(tmp_path / last, weights_only=True)["optimizer_states"]
+    assert not parts(tmp_path)
+
+
+class PowerCut(BaseException):
+    pass
+
+
+def die_in_epoch(monkeypatch: pytest.MonkeyPatch, epoch: int, act: Callable[[], None]) -> None:
+    """Let the second step of an epoch begin with something else."""
+    step = DigitClassifier.training_step
+
+    def training_step(self: DigitClassifier, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        if self.current_epoch == epoch and batch_idx == 1:
+            act()
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(DigitClassifier, "training_step", training_step)
+
+
+def cut_power() -> None:
+    raise PowerCut
+
+
+SCHEDULES = {
+    "plateau": ("torch.optim.lr_scheduler.ReduceLROnPlateau", "--model.lr_scheduler.patience", 0,
+                "--model.lr_scheduler.threshold", 0.3, "--model.lr_scheduler.factor", 0.5),
+    "Lightning's plateau": ("lightning.pytorch.cli.ReduceLROnPlateau", "--model.lr_scheduler.monitor", "val/loss",
+                            "--model.lr_scheduler.patience", 0, "--model.lr_scheduler.threshold", 0.3),
+    "one cycle": ("torch.optim.lr_scheduler.OneCycleLR", "--model.lr_scheduler.max_lr", 0.002,
+                  "--model.lr_scheduler.total_steps", 8),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "schedule", ["plateau", *(pytest.param(name, marks=pytest.mark.slow) for name in SCHEDULES if name != "plateau")]
+)
+def test_schedules_go_on_as_if_never_killed(
+    digitnet: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: str
+) -> None:
+    flags = (
+        "fit",
+        "--config",
+        QUICKSTART,
+        *SHORT,
+        "--trainer.max_epochs",
+        4,
+        "--trainer.limit_train_batches",
+        2,
+        "--model.lr_scheduler",
+    )
+    assert digitnet(*flags, *SCHEDULES[schedule]) == 0
+    with monkeypatch.context() as patch:
+        die_in_epoch(patch, 2, cut_power)
+        with pytest.raises(PowerCut):
+            digitnet(*flags, *SCHEDULES[schedule])
+    assert digitnet("fit", "--ckpt_path", "last") == 0
+    whole, resumed = (RUN.with_name(f"version_{n}") / "checkpoints" / "last.ckpt" for n in (0, 1))
+    assert same_weights(whole, resumed)
+    one, two = (torch.load(path, weights_only=True)["lr_schedulers"] for path in (whole, resumed))
+    assert one == two
+
+
+# --- a loss that is no number, a full disk, a damaged checkpoint ------------------------------------------------------
+
+
+def test_nan_loss_stops_with_what_to_try(digitnet: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    ruin = ("--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", 1e30)
+    assert digitnet("fit", "--config", QUICKSTART, *SHORT, *ruin) == 1
+    [line] = error_lines(capsys)
+    assert re.search(r"train/loss is (nan|inf) in epoch 0, after step \d\. Try a lower learning rate", line)
+    assert "(--model.optimizer.lr; it is 1e+30), --trainer.gradient_clip_val 1; checkpoints" in line
+    assert not (RUN / "checkpoints" / "last.ckpt").exists()
+
+
+def test_full_disk_keeps_the_checkpoint_before(
+    digitnet: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("there is no /dev/full")
+    flags = ("fit", "--config", QUICKSTART, *SHORT)
+    assert digitnet(*flags, "--trainer.max_epochs", 3) == 0
+
+    def fill_disk() -> None:  # what is written beside the old checkpoint goes to a device without room
+        part = RUN.with_name("version_1") / "checkpoints" / f".last.ckpt.{os.getpid()}.part"
+        part.symlink_to("/dev/full")
+
+    with monkeypatch.context() as patch:
+        die_in_epoch(patch, 1, fill_disk)
+        assert digitnet(*flags, "--trainer.max_epochs", 3) == 1
+    [line] = error_lines(capsys)
+    assert re.search(r"cannot save .*\.ckpt \(No space left on device\); the one before it is kept\. Make room", line)
+    assert not parts(Path.cwd())
+    kept = torch.load(RUN.with_name("version_1") / "checkpoints" / "last.ckpt", weights_only=True)
+    assert kept["epoch"] == 0
+    assert digitnet("fit", "--ckpt_path", "last") == 0
+    assert same_weights(*(RUN.with_name(f"version_{n}") / "checkpoints" / "last.ckpt" for n in (0, 1)))
+
+
+def flip_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "cut short": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "empty": lambda path: os.truncate(path, 0),
+    "random bytes": lambda path: path.write_bytes(os.urandom(10_000)),
+    "a bit flipped": flip_bit,
+}
+
+
+def test_damaged_last_checkpoint_gives_way_to_the_one_before(
+    digitnet: Run, tmp_path: Path, trained_run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    original = weights(trained_run / "checkpoints" / "last.ckpt")
+    for damage, spoil in DAMAGES.items():
+        shutil.rmtree(tmp_path / "lightning_logs", ignore_errors=True)
+        shutil.copytree(trained_run, RUN)
+        spoil(RUN / "checkpoints" / "last.ckpt")
+        caplog.clear()
+        assert digitnet("fit", "--ckpt_path", "last") == 0
+        told = [line for line in caplog.messages if "going on from the one before it" in line]
+        assert len(told) == 1, damage
+        assert "last.ckpt is not a checkpoint that can be read safely" in told[0]
+        assert f"fit: {RUN}/checkpoints/previous.ckpt" in caplog.messages
+        found = weights(RUN / "checkpoints" / "last.ckpt")
+        assert all(torch.equal(found[name], original[name]) for name in original), damage
+
+
+def test_damaged_checkpoint_without_another_is_refused(
+    digitnet: Run, trained_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(trained_run, RUN)
+    (RUN / "checkpoints" / "previous.ckpt").unlink()
+    flip_bit(RUN / "checkpoints" / "last.ckpt")
+    flip_bit(RUN / "checkpoints" / "best.ckpt")
+    before = set(Path.cwd().rglob("*"))
+    assert digitnet("fit", "--ckpt_path", "last") == 1
+    [line] = error_lines(capsys)
+    assert "the checksum of" in line
+    assert f"there is no previous.ckpt beside it; start anew: python -m digitnet fit --config {RUN}/config.yaml" in line
+    assert digitnet("test") == 1
+    [line] = error_lines(capsys)
+    assert "best.ckpt is not a checkpoint that can be read safely: damaged: the checksum of" in line
+    assert set(Path.cwd().rglob("*")) == before
+
+
+# --- several at once --------------------------------------------------------------------------------------------------
+
+
+def test_runs_that_start_at_once_get_a_folder_each(
+    digitnet: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    look = TensorBoardLogger._get_next_version
+
+    def look_then_lose(self: TensorBoardLogger) -> int:  # another process makes the folder that was free
+        version = look(self)
+        if version == 0:
+            RUN.mkdir(parents=True)
+        return version
+
+    monkeypatch.setattr(TensorBoardLogger, "_get_next_version", look_then_lose)
+    assert digitnet("fit", "--config", QUICKSTART, *SHORT, "--trainer.max_epochs", 1) == 0
+    assert not list(RUN.iterdir())
+    assert (RUN.with_name("version_1") / "checkpoints" / "last.ckpt").exists()
+
+
+def test_a_run_at_work_cannot_be_gone_on_with_nor_replaced(
+    digitnet: Run, trained_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from filelock import FileLock
+
+    shutil.copytree(trained_run, RUN)
+    with FileLock(RUN / ".lock"):
+        assert digitnet("fit", "--ckpt_path", "last") == 1
+    assert error_lines(capsys) == [f"digitnet: error: another fit is at work in {RUN}; wait for it to end, or stop it"]
+    assert digitnet("fit", "--config", QUICKSTART, "--trainer.logger.version", 0) == 1
+    [line] = error_lines(capsys)
+    assert f"{RUN} holds a run; go on with fit --ckpt_path {RUN}/checkpoints/last.ckpt" in line
+
+
+def test_a_dead_process_ends_the_others(tmp_path: Path) -> None:
+    ddp = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"]
+    process = subprocess.Popen(
+        [*FIT, *ENDLESS, *ddp], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    wait_for(tmp_path / RUN / "checkpoints" / "last.ckpt", process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    if not children.exists():
+        process.kill()
+        pytest.skip("needs Linux's /proc to find the second process")
+    [child] = children.read_text().split()
+    os.kill(int(child), signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, output
+    assert "Traceback" not in output
+    assert "digitnet: error: process 0 of 2 lost another one, which ended or was killed; all stop." in output
+
+
+# --- files and configs of strangers -----------------------------------------------------------------------------------
+
+
+class Bomb:
+    """Makes a folder when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("exploded",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_malicious_checkpoint_is_refused_and_nothing_runs(
+    digitnet: Run, trained_run: Path, capsys: pytest.CaptureFixture[str], zipped: bool
+) -> None:
+    bad = Path("bad.ckpt")
+    if zipped:
+        torch.save({"state_dict": DigitClassifier().state_dict(), "extra": Bomb()}, bad)
+    else:
+        bad.write_bytes(pickle.dumps(Bomb()))
+    shutil.copytree(trained_run, RUN)
+    shutil.copy(bad, RUN / "checkpoints" / "last.ckpt")
+    shutil.copy(bad, RUN / "checkpoints" / "previous.ckpt")
+    before = set(Path.cwd().rglob("*"))
+    digit = Path(__file__).parent / "conftest.py"
+    for command in (
+        ("fit", "--ckpt_path", bad), ("fit", "--ckpt_path", "last"), ("test", "--ckpt_path", bad),
+        ("validate", "--ckpt_path", bad), ("predict", digit, "--ckpt_path", bad), ("export", "--ckpt_path", bad),
+    ):  # fmt: skip
+        assert digitnet(*command) == 1, command
+        [line] = error_lines(capsys)
+        assert "is not a checkpoint that can be read safely" in line, command
+        assert set(Path.cwd().rglob("*")) == before
+
+
+REFUSED = [
+    ("--data.augmentation", "os.system"),
+    ("--data.augmentation", "torch.hub.load"),
+    ("--data.augmentation", "torch.utils.cpp_extension.load_inline"),
+    ("--data.augmentation", "lightning.pytorch.cli.os.system"),  # by another door
+    ("--model.optimizer", "subprocess.Popen"),
+    ("--trainer.callbacks", "antigravity.Flight"),
+    ("--trainer.logger", "shutil.rmtree"),
+    ("--data.augmentation", "mine.Negative"),
+]
+
+
+def test_a_config_names_only_what_it_may(
+    digitnet: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = "from torch import nn\nopen('imported', 'w').close()\nclass Negative(nn.Module):\n    pass\n"
+    (tmp_path / "mine.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    before = set(tmp_path.rglob("*"))
+    for flag, name in REFUSED:
+        assert digitnet("fit", "--config", QUICKSTART, flag, name) != 0, name
+        [line] = error_lines(capsys)
+        assert "a config may not name " in line, line
+        assert "DIGITNET_ALLOW_IMPORTS=" in line
+        assert set(tmp_path.rglob("*")) == before, name
+
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.setenv("DIGITNET_ALLOW_IMPORTS", "mine")
+    assert digitnet("fit", "--config", QUICKSTART, "--data.augmentation", "mine.Negative", "--print_config") == 0
+    monkeypatch.setenv("DIGITNET_ALLOW_IMPORTS", "rm -rf")
+    assert digitnet("fit", "--config", QUICKSTART) == 1
+    assert "DIGITNET_ALLOW_IMPORTS is rm -rf" in capsys.readouterr().err
+
+
+def test_killed_while_saving_keeps_the_curves(digitnet: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from digitnet import callbacks
+
+    flags = ("fit", "--config", QUICKSTART, *SHORT, "--trainer.max_epochs", 3)
+    assert digitnet(*flags) == 0
+
+    def save(checkpoint: dict[str, Any], path: Path) -> None:
+        if path.name == "last.ckpt" and checkpoint["epoch"] == 1:
+            raise PowerCut  # the epoch's curves are written by now, and will be once more
+        save_checkpoint(checkpoint, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(callbacks, "save_checkpoint", save)
+        with pytest.raises(PowerCut):
+            digitnet(*flags)
+    assert digitnet("fit", "--ckpt_path", "last") == 0
+    whole, resumed = (EventAccumulator(str(RUN.with_name(f"version_{n}"))) for n in (0, 1))
+    whole.Reload()
+    resumed.Reload()
+    for tag in ("val/loss", "val/acc", "hp/val_acc", "train/loss", "lr-Adam"):
+        one, two = ([(event.step, event.value) for event in events.Scalars(tag)] for events in (whole, resumed))
+        assert one == two, tag
