@@ -22,7 +22,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from digitnet.checkpoints import save_checkpoint
 from digitnet.classifier import DigitClassifier
 
-FIT = [sys.executable, "-m", "digitnet", "fit", "--config", str(QUICKSTART), *map(str, SHORT)]
+# Two steps of 8 images an epoch, and few to validate on: what is tested here is not learning.
+TINY = (
+    *SHORT, "--trainer.limit_train_batches", 2, "--data.batch_size", 8, "--data.split", "[1777, 10, 10]",
+    "--data.eval_batch_size", 10,
+)  # fmt: skip
+FIT = [sys.executable, "-m", "digitnet", "fit", "--config", str(QUICKSTART), *map(str, TINY)]
 ENDLESS = ["--trainer.max_epochs", "1000", "--early_stopping.patience", "1000"]
 RUN = Path("lightning_logs") / "quickstart" / "version_0"
 
@@ -110,7 +115,7 @@ def test_schedules_go_on_as_if_never_killed(
         "fit",
         "--config",
         QUICKSTART,
-        *SHORT,
+        *TINY,
         "--trainer.max_epochs",
         4,
         "--trainer.limit_train_batches",
@@ -134,7 +139,7 @@ def test_schedules_go_on_as_if_never_killed(
 
 def test_nan_loss_stops_with_what_to_try(digitnet: Run, capsys: pytest.CaptureFixture[str]) -> None:
     ruin = ("--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", 1e30)
-    assert digitnet("fit", "--config", QUICKSTART, *SHORT, *ruin) == 1
+    assert digitnet("fit", "--config", QUICKSTART, *TINY, *ruin) == 1
     [line] = error_lines(capsys)
     assert re.search(r"train/loss is (nan|inf) in epoch 0, after step \d\. Try a lower learning rate", line)
     assert "(--model.optimizer.lr; it is 1e+30), --trainer.gradient_clip_val 1; checkpoints" in line
@@ -146,7 +151,7 @@ def test_full_disk_keeps_the_checkpoint_before(
 ) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("there is no /dev/full")
-    flags = ("fit", "--config", QUICKSTART, *SHORT)
+    flags = ("fit", "--config", QUICKSTART, *TINY)
     assert digitnet(*flags, "--trainer.max_epochs", 3) == 0
 
     def fill_disk() -> None:  # what is written beside the old checkpoint goes to a device without room
@@ -232,7 +237,7 @@ def test_runs_that_start_at_once_get_a_folder_each(
         return version
 
     monkeypatch.setattr(TensorBoardLogger, "_get_next_version", look_then_lose)
-    assert digitnet("fit", "--config", QUICKSTART, *SHORT, "--trainer.max_epochs", 1) == 0
+    assert digitnet("fit", "--config", QUICKSTART, *TINY, "--trainer.max_epochs", 1) == 0
     assert not list(RUN.iterdir())
     assert (RUN.with_name("version_1") / "checkpoints" / "last.ckpt").exists()
 
@@ -341,7 +346,7 @@ def test_a_config_names_only_what_it_may(
 def test_killed_while_saving_keeps_the_curves(digitnet: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from digitnet import callbacks
 
-    flags = ("fit", "--config", QUICKSTART, *SHORT, "--trainer.max_epochs", 3)
+    flags = ("fit", "--config", QUICKSTART, *TINY, "--trainer.max_epochs", 3)
     assert digitnet(*flags) == 0
 
     def save(checkpoint: dict[str, Any], path: Path) -> None:
