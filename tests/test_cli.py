@@ -168,7 +168,10 @@ def test_final_config_learns_mnist(
     if mnist_home is None:
         pytest.skip("MNIST is not at hand; set SCIKIT_LEARN_DATA")
     monkeypatch.setenv("SCIKIT_LEARN_DATA", str(mnist_home))
-    short = ("--trainer.max_epochs", 1, "--trainer.limit_train_batches", 150, "--trainer.limit_val_batches", 2)
+    short = (
+        "--trainer.max_epochs", 1, "--trainer.limit_train_batches", 150, "--trainer.limit_val_batches", 2,
+        "--pictures.every_n_epochs", 0, "--calibration.num_digits", 0,
+    )  # fmt: skip
     assert digitnet("fit", "--config", ROOT / "configs" / "final.yaml", *short) == 0
     assert scalars(tmp_path / "lightning_logs" / "final" / "version_0", "val/acc")[0][1] > 0.8
 

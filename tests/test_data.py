@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import gzip
 import hashlib
 import http.server
@@ -392,6 +393,7 @@ def mirror(fake: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     yield answer
     server.shutdown()
     server.server_close()
+    gc.collect()  # here, where sockets that torchvision left open are let pass
 
 
 BAD_ANSWERS = {

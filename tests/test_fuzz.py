@@ -133,7 +133,7 @@ def check_command(digitnet: Run, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert set(tmp_path.rglob("*")) == before, args
 
 
-@generated(15)
+@generated(6)
 @given(overrides=st.lists(st.tuples(st.sampled_from(KEYS), values), min_size=1, max_size=2))
 @pytest.mark.usefixtures("_no_training")
 def test_any_flag_builds_a_training_or_is_refused_in_one_line(
@@ -150,7 +150,7 @@ trees = st.recursive(
 )
 
 
-@generated(15)
+@generated(6)
 @given(config=st.binary(max_size=60) | trees.map(str).map(str.encode) | text.map(str.encode))
 def test_any_config_parses_or_is_refused_in_one_line(
     digitnet: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], config: bytes
@@ -209,7 +209,7 @@ def make_files(few: Digits) -> dict[str, bytes]:
     }  # fmt: skip
 
 
-@generated(60)
+@generated(40)
 @given(data=st.data())
 def test_a_damaged_file_is_read_right_or_refused(tmp_path: Path, few: Digits, data: st.DataObject) -> None:
     files = make_files(few)
@@ -236,7 +236,7 @@ def test_a_damaged_file_is_read_right_or_refused(tmp_path: Path, few: Digits, da
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
-@generated(25)
+@generated(10)
 @given(data=st.data())
 def test_a_damaged_checkpoint_is_whole_or_refused(tmp_path: Path, trained_run: Path, data: st.DataObject) -> None:
     whole = trained_run / "checkpoints" / "best.ckpt"

@@ -94,10 +94,10 @@ class DigitClassifier(L.LightningModule):
         self._log_epoch("train")
         # Lightning steps these after the epoch's checkpoint is written, so that going on would miss the step.
         for config in self.trainer.lr_scheduler_configs:
-            if isinstance(config.scheduler, ReduceLROnPlateau) and str(config.monitor) in self.metrics:
-                is_train = str(config.monitor).startswith("train/")
-                metrics = self.trainer.callback_metrics
-                value = self.get_metric(str(config.monitor)).compute() if is_train else metrics.get(str(config.monitor))
+            if isinstance(config.scheduler, ReduceLROnPlateau):
+                name = str(config.monitor)
+                is_train = name in ("train/loss", "train/acc")
+                value = self.get_metric(name).compute() if is_train else self.trainer.callback_metrics.get(name)
                 if value is not None:
                     config.scheduler.step(value)
 

@@ -19,7 +19,7 @@ def limit_imports() -> None:
         ValueError: an entry of the environment variable is no name of a package, or one that is never allowed.
     """
     more = [name.strip() for name in os.environ.get(VARIABLE, "").split(",") if name.strip()]
-    dtypes = [f"torch.{name}" for name in ("bfloat16", "float16", "float32", "uint8")]  # arguments of transforms
+    dtypes = [f"torch.{name}" for name in ("bfloat16", "dtype", "float16", "float32", "uint8")]  # for transforms
     try:
         set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=[*ALLOWED, *dtypes, *more])
     except ValueError as error:
