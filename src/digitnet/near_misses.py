@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 BOX, SIDE = 20, 28  # MNIST: a digit fits in BOX x BOX, its centre of mass in the middle of SIDE x SIDE
+CHUNK = 100  # images at once where more would take hundreds of megabytes
 CORNERS = (3, 4, 5, 6, 8, 10, 12)  # of polygons and stars
 FONTS = ("STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "cmr10", "cmb10", "cmss10", "cmtt10", "cmti10", "cmmi10")
 LETTERS = "ABCDEFGHJKMNPQRTUVWXYacdefhkmnprtuvwxy"
@@ -37,8 +38,9 @@ def make_near_misses(images: Tensor, labels: Tensor, generator: torch.Generator,
         (num, 1, 28, 28) in [0, 1], kind after kind: changed digits, letters, drawings, and paper.
     """
     shares = [round(num * share) for share in (0.3, 0.15, 0.43)]
+    some = torch.randperm(len(images), generator=generator)[: max(40, num // 8)]  # two or three of each
     kinds = [
-        place(torch.cat(_change_digits(images, labels, generator))),
+        place(torch.cat(_change_digits(images[some], labels[some], generator))),
         place(draw_letters()),
         torch.cat(_draw(max(1, num // 24), generator)),
     ]
@@ -151,6 +153,8 @@ def draw_strokes(corners: Tensor, generator: torch.Generator) -> Tensor:
 
 def draw_polygons(corners: Tensor) -> Tensor:
     """Fill polygons by the even-odd rule: corners (N, P, 2) in any unit to images (N, 1, 28, 28) in [0, 1]."""
+    if len(corners) > CHUNK:
+        return torch.cat([draw_polygons(part) for part in corners.split(CHUNK)])
     first = _fit(corners)[:, None]  # (N, 1, P, 2)
     second = first.roll(1, 2)
     grid = torch.arange(0.25, SIDE, 0.5) - 0.5  # four points a pixel
@@ -182,6 +186,8 @@ def shrink(images: Tensor, side: int) -> Tensor:
 
 def place(images: Tensor) -> Tensor:
     """Scale and shift images (N, 1, 28, 28) in [0, 1] so that their ink lies where MNIST has a digit's."""
+    if len(images) > CHUNK:
+        return torch.cat([place(part) for part in images.split(CHUNK)])
     ink = images - images.amin((2, 3), keepdim=True)
     mask = ink > 0.1 * ink.amax((2, 3), keepdim=True)  # (N, 1, 28, 28)
     axis = torch.arange(SIDE, dtype=torch.float32)
