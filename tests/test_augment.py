@@ -56,6 +56,27 @@ def test_shift_goes_down_and_right_and_repeats_the_edge() -> None:
     assert move(image, down=-1 / 2, right=-1 / 4).tolist() == [[[[6, 7, 8, 8], [6, 7, 8, 8]]]]
 
 
+@pytest.mark.parametrize("zoom", [0.8, 2.0])
+def test_zoom_goes_about_the_centre(zoom: float) -> None:
+    ramp = torch.arange(9.0).expand(1, 1, 9, 9)
+    zoomed = affine(ramp, torch.zeros(1), torch.zeros(1, 2), torch.tensor([zoom]))
+    expected = (4 + (torch.arange(9.0) - 4) / zoom).clamp(0, 8)  # beyond the edge, the edge repeats
+    torch.testing.assert_close(zoomed, expected.expand(1, 1, 9, 9))
+
+
+def test_scale_is_drawn_for_each_image_and_changes_no_other_draw(digits: Tensor) -> None:
+    images = digits[:64].float()
+    params = RandomAffine(10.0, 0.1, 0.2).make_params([images])
+    torch.manual_seed(0)
+    without = RandomAffine(10.0, 0.1).make_params([images])
+    assert "zoom" not in without
+    assert params["zoom"].unique().numel() == 64
+    assert 0.8 <= params["zoom"].min() < 0.85 < 1.15 < params["zoom"].max() <= 1.2
+    torch.manual_seed(0)
+    again = RandomAffine(10.0, 0.1, 0.2).make_params([images])
+    assert torch.equal(again["angle_deg"], without["angle_deg"])
+
+
 def test_rotation_comes_before_the_shift() -> None:
     image = torch.zeros(1, 1, 7, 7)
     image[..., 3, 5] = 1  # two pixels right of the centre: turned, two above it; then one down

@@ -16,8 +16,8 @@ from torchvision.transforms import v2
 Augmentation = Callable[[Tensor], Tensor]
 
 
-def affine(images: Tensor, angle_deg: Tensor, shift_frac: Tensor) -> Tensor:
-    """Rotate each image about its centre, then shift it, in one bilinear resampling.
+def affine(images: Tensor, angle_deg: Tensor, shift_frac: Tensor, zoom: Tensor | None = None) -> Tensor:
+    """Zoom into each image and rotate it about its centre, then shift it, in one bilinear resampling.
 
     Pixels from outside the image repeat the nearest edge pixel (Keras' ``fill_mode="nearest"``).
 
@@ -25,14 +25,17 @@ def affine(images: Tensor, angle_deg: Tensor, shift_frac: Tensor) -> Tensor:
         images: (B, C, H, W), uint8 in [0, 255] or floating point of any range.
         angle_deg: (B,) angles in degrees, counter-clockwise as one looks at the image.
         shift_frac: (B, 2) shifts down and to the right, as fractions of height and width.
+        zoom: (B,) factors, above 1 for larger; none by default.
 
     Returns:
         (B, C, H, W) of the dtype given; uint8 is rounded to the nearest level.
     """
     height, width = images.shape[-2:]
     cos, sin = torch.cos(angle_deg * (math.pi / 180)), torch.sin(angle_deg * (math.pi / 180))
-    # affine_grid asks where each output pixel comes from, in coordinates that run from -1 to 1 across the image:
-    # undo the shift, then undo the rotation. Width over height keeps a rotation a rotation on oblong images.
+    if zoom is not None:
+        cos, sin = cos / zoom, sin / zoom
+    # affine_grid asks where each output pixel comes from, in coordinates that run from -1 to 1 across the image: undo
+    # the shift, then undo the rotation and the zoom. Width over height keeps a rotation a rotation on oblong images.
     down, right = (2 * shift_frac).unbind(1)
     xx, xy = cos, -sin * (height / width)
     yx, yy = sin * (width / height), cos
@@ -45,12 +48,12 @@ def affine(images: Tensor, angle_deg: Tensor, shift_frac: Tensor) -> Tensor:
 
 
 class RandomAffine(v2.Transform):
-    """Rotate and shift each image of a batch by its own random amounts.
+    """Rotate, shift and scale each image of a batch by its own random amounts.
 
     Uniform draws: the angle from +-``rotation_deg``, the shifts down and to the right independently from
-    +-``shift_frac``. The draws come from the default generator of the images' device, so the run's seed repeats them.
-    Labels and other inputs pass through, as in any torchvision transform. With both strengths zero, the images come
-    back unchanged.
+    +-``shift_frac``, the enlargement from +-``scale_frac``. The draws come from the default generator of the images'
+    device, so the run's seed repeats them. Labels and other inputs pass through, as in any torchvision transform. With
+    all strengths zero, the images come back unchanged.
 
     Differs from ``torchvision.transforms.v2.RandomAffine``: that one draws once per call, so a whole batch moves alike.
     Source: the write-up's Keras layers RandomRotation(0.05, fill_mode="nearest"), a twentieth of a turn, and
@@ -59,6 +62,7 @@ class RandomAffine(v2.Transform):
     Args:
         rotation_deg: largest rotation either way, in degrees, in [0, 180].
         shift_frac: largest shift either way, as a fraction of the image's height and width, in [0, 1].
+        scale_frac: largest enlargement or reduction, as a fraction of the size, in [0, 1); not in the write-up.
 
     Raises:
         ValueError: when a strength lies outside its range.
@@ -66,27 +70,33 @@ class RandomAffine(v2.Transform):
 
     _transformed_types = (Tensor,)  # torchvision's hook: what to transform; anything else passes through
 
-    def __init__(self, rotation_deg: float = 18.0, shift_frac: float = 0.1) -> None:
+    def __init__(self, rotation_deg: float = 18.0, shift_frac: float = 0.1, scale_frac: float = 0.0) -> None:
         super().__init__()
         if not 0 <= rotation_deg <= 180:
             raise ValueError(f"rotation_deg is {rotation_deg}; it is the largest angle in degrees, from 0 to 180")
         if not 0 <= shift_frac <= 1:
             raise ValueError(f"shift_frac is {shift_frac}; it is the largest shift as a fraction, from 0 to 1")
+        if not 0 <= scale_frac < 1:
+            raise ValueError(f"scale_frac is {scale_frac}; it is the largest change of size as a fraction, from 0 to 1")
         self.rotation_deg = rotation_deg
         self.shift_frac = shift_frac
+        self.scale_frac = scale_frac
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Tensor]:
-        """Draw the angle and the shifts of each image of the batch."""
+        """Draw the angle, the shifts and the zoom of each image of the batch."""
         if not flat_inputs:
             raise TypeError("RandomAffine got no image tensor; put v2.ToImage() before it to make one of a PIL image")
         images = flat_inputs[0]
         batch_size = images.shape[0] if images.ndim == 4 else 1
         draws = torch.empty(3, batch_size, device=images.device).uniform_(-1, 1)
-        return {"angle_deg": draws[0] * self.rotation_deg, "shift_frac": draws[1:].T * self.shift_frac}
+        params = {"angle_deg": draws[0] * self.rotation_deg, "shift_frac": draws[1:].T * self.shift_frac}
+        if self.scale_frac:
+            params["zoom"] = 1 + torch.empty_like(draws[0]).uniform_(-1, 1) * self.scale_frac
+        return params
 
     def transform(self, inpt: Tensor, params: dict[str, Tensor]) -> Tensor:
         """Apply the drawn parameters to images (B, C, H, W), or to a single one (C, H, W)."""
-        if self.rotation_deg == 0 and self.shift_frac == 0:
+        if self.rotation_deg == self.shift_frac == self.scale_frac == 0:
             return inpt
         warped = affine(inpt, **params) if inpt.ndim == 4 else affine(inpt[None], **params)[0]
         result: Tensor = tv_tensors.wrap(warped, like=inpt)  # an Image stays an Image
