@@ -91,8 +91,8 @@ class AverageWeights(WeightAveraging):
     """Keep an exponential moving average of the weights; it is what is validated, saved and scored.
 
     Lightning's ``EMAWeightAveraging`` updates one tensor at a time, which costs more than a step of a small network
-    should; this one updates them all at once. In a checkpoint ``state_dict`` is the average, ``current_model_state`` the
-    weights that training goes on with.
+    should; this one updates them all at once. In a checkpoint ``state_dict`` is the average, and
+    ``current_model_state`` the weights that training goes on with.
 
     Args:
         decay: share of the old average that each step keeps, in [0, 1); 0.99 averages about the last 100 steps.
