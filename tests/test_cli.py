@@ -67,7 +67,7 @@ def test_final_config_is_the_write_ups_recipe(digitnet: Run, capsys: pytest.Capt
     assert (config["model"]["dropout"], config["model"]["conv_dropout"]) == (0.2, 0.0)
     assert config["data"]["split"] == [60_000, 5_000, 5_000]
     assert (config["data"]["source"], config["data"]["batch_size"]) == ("mnist", 32)
-    assert config["data"]["augmentation"]["init_args"] == {"rotation_deg": 18.0, "shift_frac": 0.1}
+    assert config["data"]["augmentation"]["init_args"] == {"rotation_deg": 18.0, "shift_frac": 0.1, "scale_frac": 0.0}
     assert config["trainer"]["max_epochs"] == 200
     stopping = config["early_stopping"]
     assert (stopping["monitor"], stopping["mode"], stopping["patience"]) == ("val/acc", "max", 10)

@@ -253,7 +253,7 @@ def test_our_configs_are_the_write_ups_thirteen_rows() -> None:
         assert model["lr_scheduler"] is None
         assert (data["source"], data["split"], data["batch_size"]) == ("mnist", [60_000, 5_000, 5_000], 32)
         if augmentation:
-            strengths = dict(zip(("rotation_deg", "shift_frac"), augmentation, strict=True))
+            strengths = dict(zip(("rotation_deg", "shift_frac"), augmentation, strict=True)) | {"scale_frac": 0.0}
             assert data["augmentation"] == {"class_path": "digitnet.RandomAffine", "init_args": strengths}, name
         else:
             assert data["augmentation"] is None

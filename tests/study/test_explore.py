@@ -41,7 +41,7 @@ def test_writes_each_figure_twice_and_a_page_that_needs_nothing_else(
     assert "//" not in page
     assert len(re.findall(r'<img[^>]* alt="[^"]{20,}"', page)) == len(names)
     assert "1,297 to train on, 250 to validate, 250 to test" in page
-    assert "RandomAffine(rotation_deg=5.0, shift_frac=0.1)" in page  # what the config names
+    assert "RandomAffine(rotation_deg=5.0, shift_frac=0.1, scale_frac=0.0)" in page  # what the config names
     out = capsys.readouterr().out
     assert out == f"{folder / 'index.html'}: 7 figures of digits, each as PNG and SVG\n"
 
