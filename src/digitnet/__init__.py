@@ -7,16 +7,18 @@ if TYPE_CHECKING:
     from digitnet.augment import RandomAffine
     from digitnet.classifier import DigitClassifier
     from digitnet.data import MNISTDataModule, fetch_digits
+    from digitnet.disturb import RandomDisturbance
     from digitnet.model import DigitNet
 
 __version__ = "0.1.0"
-__all__ = ["DigitClassifier", "DigitNet", "MNISTDataModule", "RandomAffine", "fetch_digits"]
+__all__ = ["DigitClassifier", "DigitNet", "MNISTDataModule", "RandomAffine", "RandomDisturbance", "fetch_digits"]
 
 _HOMES = {
     "DigitClassifier": "classifier",
     "DigitNet": "model",
     "MNISTDataModule": "data",
     "RandomAffine": "augment",
+    "RandomDisturbance": "disturb",
     "fetch_digits": "data",
 }
 
