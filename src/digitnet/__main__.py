@@ -29,6 +29,7 @@ COMMANDS = {
         "train a folder of configs, several seeds each; a table of results",
     ),
     "benchmark": ("digitnet.study.benchmark:benchmark", "speed here and now, beside plain PyTorch and Keras"),
+    "robustness": ("digitnet.study.robustness:robustness", "score a checkpoint on digits spoiled in 15 ways"),
     "predict": ("digitnet.apply.predict:predict", "read people's own digits: photos, scans, drawings"),
     "serve": ("digitnet.apply.serve:serve", "draw a digit in the browser; JSON API"),
     "export": ("digitnet.apply.export:export", "the network as ONNX or .pt2, for other programs; compared first"),

@@ -82,6 +82,18 @@ def verify_checkpoint(path: Path, to_resume: bool = False) -> dict[str, Any]:
     return checkpoint
 
 
+def load_net(path: Path) -> tuple[DigitNet, dict[str, Any]]:
+    """The network of a checkpoint, in evaluation mode, and all that the file holds; nothing in it is executed.
+
+    Raises:
+        ValueError: the file is not a DigitClassifier's checkpoint.
+    """
+    checkpoint = verify_checkpoint(path)
+    net = DigitNet()
+    net.load_state_dict({name: checkpoint["state_dict"][f"net.{name}"] for name in net.state_dict()})
+    return net.eval(), checkpoint
+
+
 def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
     """Write a checkpoint whole or not at all. Of ``last.ckpt``, the one before it is kept as ``previous.ckpt``.
 

@@ -422,6 +422,50 @@ def draw_reliability(confidences: Array, correct: Array, num_bins: int = NUM_BIN
     return figure
 
 
+def draw_robustness(accuracies: Mapping[str, float], published: Mapping[str, float | None], title: str) -> Figure:
+    """Accuracy under each corruption, beside a published figure where there is one.
+
+    Args:
+        accuracies: name of the corruption -> accuracy in [0, 1], in the order to draw.
+        published: the same of another network; None where unknown.
+        title: of the figure.
+    """
+    figure = _figure(WIDTH_IN, 0.9 + 0.27 * len(accuracies), title)
+    axes = figure.subplots()
+    rows = np.arange(len(accuracies))
+    values = np.array(list(accuracies.values()))
+    axes.barh(rows, values, color=BLUE, height=0.66, label="this network")
+    for row, value in zip(rows, values, strict=True):
+        axes.text(1.14, row, format_percent(value), ha="right", va="center", fontsize=9.5, color=INK)
+    known = [(value, row) for row, name in enumerate(accuracies) if (value := published.get(name)) is not None]
+    if known:
+        x, y = zip(*known, strict=True)
+        axes.plot(x, y, "D", color="white", markeredgecolor=VERMILION, markeredgewidth=2, label="plain CNN, published")
+    axes.set_yticks(rows, [name.replace("_", " ") for name in accuracies])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.15)
+    axes.set_xticks(np.linspace(0, 1, 6), [f"{percent} %" for percent in range(0, 101, 20)])
+    axes.set_xlabel("accuracy")
+    _plain(axes)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9.5)
+    return figure
+
+
+def draw_corruptions(examples: Mapping[str, Array]) -> Figure:
+    """The same digits as each corruption leaves them: name -> (K, 28, 28) uint8, in the order to draw."""
+    num_columns = max(len(images) for images in examples.values())
+    pitch, left = 1.06, 2.6
+    width, height = left + num_columns * pitch, len(examples) * pitch
+    figure = _figure(0.44 * width, 0.44 * height + 0.4, "The same digits, spoiled in each way")
+    axes = _canvas(figure, width, height)
+    for row, (name, images) in enumerate(examples.items()):
+        text = name.replace("_", " ")
+        axes.text(left - 0.15, row * pitch + 0.5, text, ha="right", va="center", fontsize=9.5, color=INK)
+        for column, image in enumerate(images):
+            _tile(axes, image, left + column * pitch, row * pitch, frame=True)
+    return figure
+
+
 # --- how they are drawn -----------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from digitnet.calibration import CalibratedNet, Calibration
-from digitnet.checkpoints import find_newest, verify_checkpoint
+from digitnet.checkpoints import find_newest, load_net
 from digitnet.model import DigitNet
 
 log = logging.getLogger(__name__)
@@ -55,10 +55,7 @@ class Predictor:
             ValueError: the file is not a DigitClassifier's checkpoint.
         """
         path = checkpoint or find_newest("best.ckpt")
-        stored = verify_checkpoint(path)
-        net = DigitNet()
-        weights = stored["state_dict"]
-        net.load_state_dict({name: weights[f"net.{name}"] for name in net.state_dict()})
+        net, stored = load_net(path)
         if "calibration" not in stored:
             log.warning("%s holds no calibration (fit adds it): confidences are raw, and any picture is a digit", path)
         try:

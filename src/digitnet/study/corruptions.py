@@ -1,4 +1,4 @@
-"""The 15 corruptions of MNIST-C, made anew: digits as noise, weather, a shaken hand or a crossing line would leave them.
+"""The 15 corruptions of MNIST-C, made anew: digits as noise, weather, a shaken hand or a crossing line leave them.
 
 Source: Mu and Gilmer, "MNIST-C: A Robustness Benchmark for Computer Vision", arXiv:1906.02337, and the parameters its
 authors published with it; each is used at the one severity of five that they chose. Images are (N, 28, 28), floating
