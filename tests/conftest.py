@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from sklearn.datasets import get_data_home
 
 from digitnet.data import Digits, fetch_digits
@@ -24,6 +25,18 @@ os.environ["KERAS_BACKEND"] = "torch"  # before anything imports Keras
 ROOT = Path(__file__).parent.parent
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 Run = Callable[..., int]
+NUM_GENERATED = int(os.environ.get("DIGITNET_FUZZ", "0"))
+
+
+def generated(few: int) -> settings:
+    """How much input hypothesis makes up: a few by default, DIGITNET_FUZZ of them where it is set."""
+    return settings(
+        max_examples=NUM_GENERATED or few,
+        deadline=None,
+        derandomize=not NUM_GENERATED,  # the default suite gives the same verdict every time
+        database=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    )
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import gzip
 import io
-import os
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -18,25 +17,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import QUICKSTART, Run
-from hypothesis import HealthCheck, given, settings
+from conftest import QUICKSTART, Run, generated
+from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
+from digitnet.apply.imaging import normalize, open_picture
 from digitnet.augment import RandomAffine
 from digitnet.checkpoints import verify_checkpoint
 from digitnet.data import Digits, MNISTDataModule, load_bundled_digits, load_file
-
-NUM_EXAMPLES = int(os.environ.get("DIGITNET_FUZZ", "0"))
-
-
-def generated(few: int) -> settings:
-    return settings(
-        max_examples=NUM_EXAMPLES or few,
-        deadline=None,
-        derandomize=not NUM_EXAMPLES,  # the default suite gives the same verdict every time
-        database=None,
-        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-    )
 
 
 def assert_one_line(error: BaseException, about: object = "") -> None:
@@ -234,6 +223,25 @@ def test_a_damaged_file_is_read_right_or_refused(tmp_path: Path, few: Digits, da
         assert digits.images.dtype == digits.labels.dtype == np.uint8
         assert digits.labels.max() <= 9
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@generated(40)
+@given(data=st.data())
+def test_any_picture_is_read_or_refused(data: st.DataObject) -> None:
+    mode, form = data.draw(
+        st.sampled_from([("L", "PNG"), ("RGBA", "PNG"), ("RGB", "JPEG"), ("1", "BMP"), ("P", "TIFF")])
+    )
+    size = data.draw(st.tuples(st.integers(1, 80), st.integers(1, 80)))
+    pixels = np.frombuffer(data.draw(st.binary(min_size=16, max_size=64)), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(np.resize(pixels, size[::-1])).convert(mode).save(file, form)
+    content = file.getvalue()
+    try:
+        digit = normalize(open_picture(data.draw(st.just(content) | damages(content) | st.binary(max_size=200))))
+    except ValueError as error:
+        assert_one_line(error)
+    else:
+        assert digit is None or (digit.image.shape, digit.image.dtype) == ((28, 28), np.uint8)
 
 
 @generated(10)

@@ -24,14 +24,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Run
+from conftest import Run, generated
 from drawings import STROKES, render, save_checkpoint
 from PIL import Image
 
 pytest.importorskip("fastapi", reason='the API needs the extra "serve"')
 import uvicorn
 from fastapi.testclient import TestClient
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from digitnet.apply import api, connections
@@ -313,7 +313,7 @@ def test_wrong_places_and_parameters_are_refused_in_json(client: TestClient) -> 
 
 
 @pytest.mark.filterwarnings(UNFINISHED_FORM)
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@generated(40)
 @given(
     kind=st.sampled_from(["", "image/png", "application/json", FORM["content-type"], "multipart/form-data"])
     | st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=30),
