@@ -1,0 +1,131 @@
+"""The protocol's runs and figures, on bundled digits cut so that the "10,000" are the last 500."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Run
+from torch import Tensor, nn
+
+from digitnet.data import load_bundled_digits
+from digitnet.study import protocol as module
+from digitnet.study.protocol import count_mistakes, render_table, shift
+
+CONFIG = """\
+data: {source: digits, batch_size: 64}
+trainer: {max_epochs: 2, limit_train_batches: 2, precision: 32-true, enable_model_summary: false}
+pictures: {every_n_epochs: 0}
+calibration: {num_digits: 0}
+"""
+
+
+class OneRow(nn.Module):
+    """Reads the digit off every other pixel of the picture's fifteenth row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images[:, 0, 14, :20:2].float()
+
+
+@pytest.mark.parametrize(("down", "right"), [(1, 0), (-1, 0), (0, 1), (0, -1)])
+def test_shift_moves_by_a_pixel_and_leaves_nothing_behind(down: int, right: int) -> None:
+    images = torch.arange(1, 1 + 2 * 16, dtype=torch.uint8).reshape(2, 1, 4, 4)
+    moved = shift(images, down, right)
+    for row in range(4):
+        for column in range(4):
+            inside = 0 <= row - down < 4 and 0 <= column - right < 4
+            expected = images[:, :, row - down, column - right] if inside else torch.zeros(2, 1, dtype=torch.uint8)
+            assert torch.equal(moved[:, :, row, column], expected)
+
+
+def test_mistakes_are_counted_alone_and_averaged_over_shifts() -> None:
+    images = torch.zeros(3, 1, 28, 28, dtype=torch.uint8)
+    images[:2, 0, 13:16, 7:10] = 9  # a 4, also when moved; the second is said to be a 5
+    images[2, 0, 14, 4] = 1  # a faint 2, and a 7 when it is moved up or down
+    images[2, 0, [13, 15], 14] = 9
+    net: Any = OneRow()
+    plain, averaged = count_mistakes(net, images, torch.tensor([4, 5, 7]))
+    assert plain == [1, 2]
+    assert averaged == [1]
+
+
+def test_trains_each_seed_once_and_scores_its_last_epoch(
+    digitnet: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "SPLIT", (1297, 250, 250))
+    (tmp_path / "mine.yaml").write_text(CONFIG)
+    assert digitnet("protocol", "mine.yaml", "--seeds", 2, "--output", "out") == 0
+    runs = sorted((tmp_path / "out").glob("mine-*/seed_*"))
+    assert [run.name for run in runs] == ["seed_42", "seed_43"]
+    results = [json.loads((run / "result.json").read_text()) for run in runs]
+    assert (tmp_path / "out" / "mine.md").read_text().count("\n| 4") == 2
+
+    # The last epoch, scored by hand.
+    digits = load_bundled_digits()
+    images, labels = torch.from_numpy(digits.images[1297:])[:, None], torch.from_numpy(digits.labels[1297:]).long()
+    from digitnet import DigitNet
+
+    for run, result in zip(runs, results, strict=True):
+        stored = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+        assert stored["epoch"] == 1
+        net = DigitNet().eval()
+        net.load_state_dict({name.removeprefix("net."): value for name, value in stored["state_dict"].items()})
+        with torch.no_grad():
+            wrong = (net(images).argmax(1) != labels).nonzero()[:, 0].tolist()
+        assert result["mistakes"] == wrong
+        assert result["num_parameters"] == 1_413_834
+    assert results[0]["mistakes"] != results[1]["mistakes"]
+
+    before = {path: path.stat().st_mtime_ns for run in runs for path in run.rglob("*")}
+    capsys.readouterr()
+    assert digitnet("protocol", "mine.yaml", "--seeds", 2, "--output", "out") == 0
+    assert {path: path.stat().st_mtime_ns for run in runs for path in run.rglob("*")} == before
+    assert f"| 42 | {len(results[0]['mistakes'])} |" in capsys.readouterr().out
+
+
+def test_a_run_that_ended_early_is_refused(
+    digitnet: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "SPLIT", (1297, 250, 250))
+    (tmp_path / "mine.yaml").write_text(CONFIG.replace("max_epochs: 2", "max_epochs: 3, max_steps: 3"))
+    assert digitnet("protocol", "mine.yaml", "--seeds", 1) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "ended after 2 of 3 epochs; its figure is not fixed" in error
+
+
+def test_the_table_has_every_seed_their_mean_and_spread() -> None:
+    common = {
+        "num_parameters": 7,
+        "epochs": 3,
+        "hardware": "a machine",
+        "versions": {"torch": "2"},
+        "date": "2026-01-02",
+    }
+    results = [
+        {"seed": 42, "mistakes": [1, 947, 6000], "mistakes_shifted": [6000], "train_s": 10.0, **common},
+        {"seed": 43, "mistakes": [5000], "mistakes_shifted": [2, 4999], "train_s": 20.0, **common},
+    ]
+    table = render_table(Path("configs/best.yaml"), results)
+    assert "| 42 | 3 | 1 | 1 | 1 | 1 | 10 s |" in table
+    assert "| 43 | 1 | 1 | 0 | 2 | 0 | 20 s |" in table
+    assert "| **mean ± sd** | 2.0 ± 1.4 | 1.0 ± 0.0 | 0.5 ± 0.7 | 1.5 ± 0.7 | 0.5 ± 0.7 | 15.0 ± 7.1 s |" in table
+    assert "python -m digitnet protocol configs/best.yaml --seeds 2" in table
+
+
+def test_a_damaged_result_is_told(
+    digitnet: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.yaml").write_text(CONFIG)
+    digest = module.load_row(tmp_path / "mine.yaml").digest[:8]
+    run = tmp_path / "out" / f"mine-{digest}" / "seed_42"
+    run.mkdir(parents=True)
+    (run / "result.json").write_text('{"seed": 42')
+    assert digitnet("protocol", "mine.yaml", "--seeds", 1, "--output", "out") == 1
+    assert "result.json is damaged; remove it, and the seed is scored again" in capsys.readouterr().err
