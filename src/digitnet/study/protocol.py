@@ -167,6 +167,7 @@ def render_table(config: Path, results: list[dict[str, Any]]) -> str:
     note = (
         f"{first['num_parameters']:,} parameters, {first['epochs']} epochs on all 60,000 training images, scored at "
         f"the last epoch, once per seed, as docs/protocol.md says. {first['hardware']}, "
-        f"torch {first['versions']['torch']}, {results[-1]['date'][:10]}: `python -m digitnet protocol {config} --seeds {len(results)}`"
+        f"torch {first['versions']['torch']}, "
+        f"{results[-1]['date'][:10]}: `python -m digitnet protocol {config} --seeds {len(results)}`"
     )
     return "\n".join([f"# {config.stem}", "", *lines, "", note, ""])
