@@ -435,7 +435,7 @@ def draw_robustness(accuracies: Mapping[str, float], published: Mapping[str, flo
     rows = np.arange(len(accuracies))
     values = np.array(list(accuracies.values()))
     axes.barh(rows, values, color=BLUE, height=0.66, label="this network")
-    for row, value in zip(rows, values, strict=True):
+    for row, value in enumerate(values.tolist()):
         axes.text(1.14, row, format_percent(value), ha="right", va="center", fontsize=9.5, color=INK)
     known = [(value, row) for row, name in enumerate(accuracies) if (value := published.get(name)) is not None]
     if known:

@@ -93,7 +93,7 @@ def robustness(
 
 def render_table(record: dict[str, Any]) -> str:
     """The Markdown page of what ``robustness`` measured."""
-    rows = [("clean", "", record["accuracy"]["clean"], None)]
+    rows: list[tuple[str, str, float, float | None]] = [("clean", "", record["accuracy"]["clean"], None)]
     for name, corruption in CORRUPTIONS.items():
         severity = f"{corruption.severity} of 5: " if corruption.severity else ""
         rows.append((name, severity + corruption.description, record["accuracy"][name], PUBLISHED.get(name)))
