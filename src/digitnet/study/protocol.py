@@ -32,7 +32,7 @@ def protocol(config: Path, seeds: int = 5, output: Path = Path("lightning_logs/p
     when you like: the same command goes on, and neither trains nor scores a seed twice.
 
     Args:
-        config: a config of fit whose schedule ends by itself, such as configs/best.yaml.
+        config: a config of fit whose schedule ends by itself, such as configs/fast.yaml.
         seeds: how many: 42, 43, and so on.
         output: where the runs and the table, <config>.md, are kept.
 
