@@ -330,6 +330,7 @@ WRONG = [
     (["fit", "--data.augmentation.shift_frac", "-0.1"], 1, "shift_frac is -0.1"),
     (["fit", "--data.augmentation.shift", "0.1"], 2, "did you mean shift_frac?"),
     (["fit", "--data.source", "nowhere.npz"], 1, "nowhere.npz"),
+    (["fit", "--trainer.accelerator", "cpu", "--trainer.devices", "-1"], 1, "trainer: `devices` selected with"),
     (["fit", "--model.dropout", "1.5"], 1, "dropout is 1.5"),
     (["fit", "--model.optimizer.lr", "-1"], 1, "Invalid learning rate: -1"),
     (

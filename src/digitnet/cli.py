@@ -234,7 +234,10 @@ class DigitCLI(LightningCLI):
         plugins = settings.plugins or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), WholeCheckpointIO()]
         kwargs["enable_progress_bar"] = watched
-        return self._instantiate_trainer({**settings, "callbacks": callbacks, **kwargs}, [])
+        try:
+            return self._instantiate_trainer({**settings, "callbacks": callbacks, **kwargs}, [])
+        except (TypeError, RuntimeError) as error:  # how Lightning refuses some values, such as devices -1 on a CPU
+            raise ValueError(f"trainer: {error}") from error
 
     def fit(self, model: DigitClassifier, **kwargs: Any) -> None:
         # Data, optimizer and log folder first: where one of them is wrong, no half-made run is left behind.
