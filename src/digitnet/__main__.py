@@ -33,6 +33,7 @@ COMMANDS = {
     "robustness": ("digitnet.study.robustness:robustness", "score a checkpoint on digits spoiled in 15 ways"),
     "predict": ("digitnet.apply.predict:predict", "read people's own digits: photos, scans, drawings"),
     "serve": ("digitnet.apply.serve:serve", "draw a digit in the browser; JSON API"),
+    "committee": ("digitnet.apply.committee:committee", "several checkpoints as one, which answers with their mean"),
     "export": ("digitnet.apply.export:export", "the network as ONNX or .pt2, for other programs; compared first"),
     "convert": ("digitnet.apply.keras_weights:convert", "Keras weights (.h5, .weights.h5, .keras) to .ckpt, and back"),
 }

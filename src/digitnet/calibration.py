@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from digitnet.model import DigitNet
+from digitnet.model import Committee, DigitNet
 
 MIN_CONFIDENCE = 0.5  # below, all other digits together are more likely
 
@@ -80,7 +80,7 @@ class CalibratedNet(nn.Module):
         calibration: what its answers are worth.
     """
 
-    def __init__(self, net: DigitNet, calibration: Calibration) -> None:
+    def __init__(self, net: DigitNet | Committee, calibration: Calibration) -> None:
         super().__init__()
         self.net = net
         self.calibration = calibration

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from digitnet.files import replace_whole
-from digitnet.model import DigitNet
+from digitnet.model import Committee, DigitNet
 
 LOG_DIR = Path("lightning_logs")
 FIT_HINT = "python -m digitnet fit --config configs/final.yaml"
@@ -71,7 +71,7 @@ def verify_checkpoint(path: Path, to_resume: bool = False) -> dict[str, Any]:
     if not isinstance(checkpoint["state_dict"], dict):
         raise ValueError(f"{path} is not a Lightning checkpoint: its state_dict is no dict")
     with torch.device("meta"):
-        expected = {f"net.{name}": weight.shape for name, weight in DigitNet().state_dict().items()}
+        expected = {f"net.{name}": weight.shape for name, weight in make_net(checkpoint).state_dict().items()}
     found = {name: weight.shape for name, weight in checkpoint["state_dict"].items() if isinstance(weight, Tensor)}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
@@ -82,14 +82,20 @@ def verify_checkpoint(path: Path, to_resume: bool = False) -> dict[str, Any]:
     return checkpoint
 
 
-def load_net(path: Path) -> tuple[DigitNet, dict[str, Any]]:
+def make_net(checkpoint: dict[str, Any]) -> DigitNet | Committee:
+    """An untrained network of the kind that a checkpoint's ``state_dict`` holds the weights of."""
+    members = {str(name).split(".")[2] for name in checkpoint["state_dict"] if str(name).startswith("net.members.")}
+    return Committee([DigitNet() for _ in members]) if members else DigitNet()
+
+
+def load_net(path: Path) -> tuple[DigitNet | Committee, dict[str, Any]]:
     """The network of a checkpoint, in evaluation mode, and all that the file holds; nothing in it is executed.
 
     Raises:
         ValueError: the file is not a DigitClassifier's checkpoint.
     """
     checkpoint = verify_checkpoint(path)
-    net = DigitNet()
+    net = make_net(checkpoint)
     net.load_state_dict({name: checkpoint["state_dict"][f"net.{name}"] for name in net.state_dict()})
     return net.eval(), checkpoint
 

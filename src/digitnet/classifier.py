@@ -13,7 +13,8 @@ from torch.optim.lr_scheduler import CyclicLR, OneCycleLR, ReduceLROnPlateau
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from digitnet.model import DigitNet
+from digitnet.checkpoints import make_net
+from digitnet.model import Committee, DigitNet
 
 Batch = tuple[Tensor, Tensor]
 
@@ -49,7 +50,7 @@ class DigitClassifier(L.LightningModule):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.channels_last = channels_last
-        self.net = DigitNet(dropout=dropout, conv_dropout=conv_dropout)
+        self.net: DigitNet | Committee = DigitNet(dropout=dropout, conv_dropout=conv_dropout)
         self.metrics = nn.ModuleDict()
         for stage in ("train", "val", "test"):
             self.metrics[f"{stage}/loss"] = MeanMetric(nan_strategy="disable")  # or it would hide a NaN loss
@@ -58,6 +59,12 @@ class DigitClassifier(L.LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, 10) of images (B, 1, 28, 28), uint8 in [0, 255] or float in [0, 1]."""
         return self.net(images)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        net = make_net(checkpoint)
+        if isinstance(net, Committee):  # trained apart, scored together
+            self.net = net
+            self.setup("test")
 
     def setup(self, stage: str) -> None:
         channels_last = self.channels_last

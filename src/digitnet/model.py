@@ -7,6 +7,7 @@ Source: the write-up's Keras model, layer for layer. The order of pooling and Re
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +65,23 @@ class DigitNet(nn.Module):
         x = self.dropout(F.relu(self.fc1(x)))  # (B, 128)
         x = self.dropout(F.relu(self.fc2(x)))  # (B, 64)
         return self.fc3(x)  # (B, 10)
+
+
+class Committee(nn.Module):
+    """Several networks as one, whose probabilities are the mean of theirs.
+
+    Args:
+        members: the networks, one or more.
+    """
+
+    def __init__(self, members: Sequence[DigitNet]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, 10) of images (B, 1, 28, 28): logarithms of the mean probabilities."""
+        log_probabilities = torch.stack([member(images).log_softmax(dim=1) for member in self.members])  # (M, B, 10)
+        return log_probabilities.logsumexp(dim=0) - math.log(len(self.members))
 
 
 def init_he_normal(module: nn.Module) -> None:

@@ -16,7 +16,7 @@ from digitnet.checkpoints import find_run, load_net
 from digitnet.cli import main
 from digitnet.data import MNISTDataModule
 from digitnet.machine import describe_hardware, list_versions
-from digitnet.model import DigitNet
+from digitnet.model import Committee, DigitNet
 from digitnet.study.ablation import FIRST_SEED, load_row, measure_seconds, resolve
 from digitnet.study.page import write_file
 from digitnet.study.report import KNOWN_WRONG
@@ -101,7 +101,7 @@ def score(run: Path, seed: int, num_epochs: int, module: MNISTDataModule) -> dic
     }
 
 
-def count_mistakes(net: DigitNet, images: Tensor, labels: Tensor) -> tuple[list[int], list[int]]:
+def count_mistakes(net: DigitNet | Committee, images: Tensor, labels: Tensor) -> tuple[list[int], list[int]]:
     """Where a network is wrong: positions among the images, for the image alone and for the mean over its shifts.
 
     Args:

@@ -1,0 +1,70 @@
+"""Several trained networks as one: ``committee`` writes a checkpoint that the other commands read as any other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from digitnet.calibrate import fit_calibration
+from digitnet.calibration import Calibration
+from digitnet.checkpoints import load_net, save_checkpoint
+from digitnet.data import MNISTDataModule
+from digitnet.model import Committee, DigitNet
+
+
+def committee(checkpoints: list[Path], output: Path = Path("committee.ckpt"), data_dir: str | None = None) -> None:
+    """Combine checkpoints into one whose answer is the mean of theirs; test, predict, serve and export take it.
+
+      python -m digitnet committee lightning_logs/final/version_*/checkpoints/best.ckpt
+      python -m digitnet test --ckpt_path committee.ckpt
+
+    Temperature and threshold are fitted anew on the validation images of the first one's run; the detector of
+    non-digits is the first one's.
+
+    Args:
+        checkpoints: two or more, trained with the same source and split.
+        output: the file to write.
+        data_dir: where the data are kept, if not where fit looks by itself.
+
+    Raises:
+        ValueError: fewer than two checkpoints, or one of them cannot be used, or is of other data.
+        OSError: the data cannot be had, or the file cannot be written.
+    """
+    paths = [Path(path) for path in checkpoints]
+    if len(paths) < 2:
+        raise ValueError(f"a committee needs two checkpoints or more; there is {len(paths)}")
+    loaded = [load_net(path) for path in paths]
+    first = loaded[0][1]
+    data = {"source": "mnist", "split": (60_000, 5_000, 5_000)} | _data_of(first)
+    members = []
+    for path, (net, checkpoint) in zip(paths, loaded, strict=True):
+        if not isinstance(net, DigitNet):
+            raise ValueError(f"{path} is a committee already; give its members")
+        if _data_of(checkpoint) != _data_of(first):
+            raise ValueError(f"{path} was trained on {_data_of(checkpoint)}, {paths[0]} on {_data_of(first)}")
+        members.append(net)
+    module = MNISTDataModule(source=data["source"], split=tuple(data["split"]), data_dir=data_dir)
+    module.setup("validate")
+    net = Committee(members)
+    calibration = fit_calibration(net, module.datasets[0], module.datasets[1], num_digits=0)
+    firsts = Calibration.from_state(first.get("calibration"))
+    calibration.detector, calibration.max_score = firsts.detector, firsts.max_score
+    combined = {
+        "state_dict": {f"net.{name}": weight for name, weight in net.state_dict().items()},
+        "calibration": calibration.state_dict(),
+        "datamodule_hyper_parameters": first.get("datamodule_hyper_parameters", {}),
+        "hyper_parameters": {},
+        "pytorch-lightning_version": L.__version__,
+        "epoch": 0,
+        "global_step": 0,
+    }
+    save_checkpoint(combined, output)
+    num_parameters = sum(weight.numel() for weight in net.state_dict().values())
+    print(f"{output}: {len(members)} networks, {num_parameters:,} parameters")
+
+
+def _data_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    settings = checkpoint.get("datamodule_hyper_parameters")
+    return {key: settings[key] for key in ("source", "split") if key in settings} if isinstance(settings, dict) else {}

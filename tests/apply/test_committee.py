@@ -1,0 +1,85 @@
+"""A committee answers with the mean of its members' probabilities, wherever a checkpoint is taken."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Run
+
+from digitnet.apply.predictor import Predictor
+from digitnet.checkpoints import load_net
+from digitnet.data import load_bundled_digits
+from digitnet.model import DigitNet
+
+
+@pytest.fixture(scope="module")
+def members(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three checkpoints of the same data: the trained one, and two with weights of their own."""
+    folder = tmp_path_factory.mktemp("members")
+    stored = torch.load(trained_run / "checkpoints" / "best.ckpt", weights_only=True)
+    paths = [folder / f"{name}.ckpt" for name in "abc"]
+    torch.save(stored, paths[0])
+    for seed, path in enumerate(paths[1:]):
+        torch.manual_seed(seed)
+        weights = {f"net.{name}": weight for name, weight in DigitNet().state_dict().items()}
+        torch.save({**stored, "state_dict": weights}, path)
+    return paths
+
+
+@pytest.fixture
+def committee(members: list[Path], tmp_path: Path, digitnet: Run) -> Path:
+    assert digitnet("committee", *members, "--output", "all.ckpt") == 0
+    return tmp_path / "all.ckpt"
+
+
+def test_test_scores_the_mean_of_the_members(
+    digitnet: Run, members: list[Path], committee: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    digits = load_bundled_digits()
+    images, labels = torch.from_numpy(digits.images[-180:])[:, None], torch.from_numpy(digits.labels[-180:]).long()
+    with torch.no_grad():
+        each = torch.stack([load_net(path)[0](images).softmax(dim=1) for path in members])
+    mean = each.mean(dim=0)
+    assert len(torch.unique(each.argmax(dim=2), dim=0)) == 3  # they do not agree
+
+    flags = ("--data.source", "digits", "--data.split", "[1437,180,180]", "--trainer.precision", "32-true")
+    assert digitnet("test", "--ckpt_path", committee, *flags) == 0
+    metrics = json.loads((tmp_path / "report" / "metrics.json").read_text())
+    assert metrics["num_errors"] == int((mean.argmax(dim=1) != labels).sum())
+
+    found = np.array([reading.probabilities for reading in Predictor.load(committee).read(digits.images[-180:])])
+    temperature = float(torch.load(committee, weights_only=True)["calibration"]["temperature"])
+    expected = (mean.log() / temperature).softmax(dim=1)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_it_is_exported_like_any_other(digitnet: Run, committee: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert digitnet("export", "--ckpt_path", committee, "--format", "pt2", "--output", "all.pt2") == 0
+    assert "180 test images: the same digits" in capsys.readouterr().out
+
+
+def test_what_makes_no_committee_is_told_in_one_line(
+    digitnet: Run, members: list[Path], committee: Path, tmp_path: Path, capsys: Any
+) -> None:
+    other = torch.load(members[0], weights_only=True)
+    other["datamodule_hyper_parameters"] = {"source": "digits", "split": (1297, 250, 250)}
+    torch.save(other, tmp_path / "other.ckpt")
+    before = set(tmp_path.rglob("*"))
+    for args, line in [
+        (["committee", members[0]], "two checkpoints or more; there is 1"),
+        (["committee", members[0], committee], "all.ckpt is a committee already; give its members"),
+        (["committee", members[0], "other.ckpt"], "other.ckpt was trained on"),
+        (["committee", members[0], "none.ckpt"], '"none.ckpt": no such file'),
+        (["fit", "--ckpt_path", committee], "holds weights only"),
+    ]:
+        capsys.readouterr()
+        assert digitnet(*args, *(["--output", "new.ckpt"] if args[0] == "committee" else [])) == 1
+        errors = [text for text in capsys.readouterr().err.splitlines() if text.startswith("digitnet: error: ")]
+        assert len(errors) == 1
+        assert line in errors[0]
+    assert set(tmp_path.rglob("*")) == before
