@@ -14,6 +14,7 @@ from __future__ import annotations
 import io
 import math
 import warnings
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
 
@@ -90,7 +91,8 @@ def open_picture(source: Path | BinaryIO | bytes) -> Image.Image:
             picture.draft("RGB", (SHEET_SIDE, SHEET_SIDE))  # decodes a large photo at half size or less, much faster
         picture.load()
         is_turned = picture.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
-        picture = ImageOps.exif_transpose(picture)
+        if is_turned:
+            picture = ImageOps.exif_transpose(picture)
     except Exception as error:  # so can broken content
         raise ValueError("damaged: the picture breaks off or cannot be decoded") from error
     picture.info["steps"] = ("turned by EXIF",) if is_turned else ()
@@ -191,7 +193,7 @@ def find_ink(picture: Image.Image, invert: Invert) -> Ink | None:
     shrink = math.ceil(max(picture.size) / 80)
     small = np.asarray(picture.reduce(shrink), np.float32)
     small = small.reshape(*small.shape[:2], -1)
-    if small.shape[2] == 3 and np.ptp(small, axis=2).max() > 8:  # take the channel that shows the ink best
+    if np.abs(small - np.roll(small, 1, axis=2)).max() > 8:  # coloured: take the channel that shows the ink best
         grey = np.array([0.299, 0.587, 0.114], np.float32)
         mixes = [grey, *np.eye(3, dtype=np.float32)]
         fits = [fit_paper(small @ mix) for mix in mixes]
@@ -235,19 +237,24 @@ class Paper(NamedTuple):
 
 def fit_paper(image: np.ndarray) -> Paper:
     """Fit a quadratic surface, evenly shaded paper, to what most pixels are, starting from the border's median."""
-    height, width = image.shape
-    y, x = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij")
-    terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=-1).reshape(-1, 6)
+    terms = quadratic_terms(*image.shape)
     border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
     flat = image.ravel().astype(np.float64)
     fitted = np.full_like(flat, np.median(border))
     for _ in range(3):  # least squares, with ever less weight on ink
         distance = np.abs(flat - fitted)
-        weighted = terms / (1 + (distance / (2 * np.median(distance) + 4)) ** 2)[:, None]
-        fitted = terms @ np.linalg.solve(weighted.T @ terms + 1e-3 * np.eye(6), weighted.T @ flat)
+        weighted = terms / (1 + (distance / (2 * np.median(distance) + 4)) ** 2)
+        fitted = np.linalg.solve(weighted @ terms.T + 1e-3 * np.eye(6), weighted @ flat) @ terms
     few = max(1, min(16, flat.size // 50))
     rest = np.partition(flat - fitted, (few, -few))
     return Paper(float(np.median(fitted)), -float(rest[:few].mean()), float(rest[-few:].mean()))
+
+
+@lru_cache(maxsize=8)
+def quadratic_terms(height: int, width: int) -> np.ndarray:
+    """1, x, y, x^2, xy and y^2 of every pixel, x and y in [-1, 1]: (6, height * width) float64."""
+    y, x = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij")
+    return np.stack([np.ones_like(x), x, y, x * x, x * y, y * y]).reshape(6, -1)
 
 
 def resize(image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -5,34 +5,26 @@ from __future__ import annotations
 import csv as csv_format
 import io
 import json as json_format
-import os
 import sys
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from glob import has_magic
+from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from digitnet.apply.imaging import Digit28, Invert, normalize, open_picture, split_digits
-from digitnet.apply.predictor import Predictor, Reading
+from digitnet.apply.imaging import Digit28, Invert
+from digitnet.apply.inputs import Source, find_pictures, prepare_all
 from digitnet.files import replace_whole
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
+if TYPE_CHECKING:
+    from digitnet.apply.predictor import Predictor, Reading
+
 BATCH_SIZE = 128  # pictures between two steps of the progress bar
 DONE, FAILED, NO_DIGIT = 0, 1, 3  # exit codes; 2 is wrong usage
 TILES, ZOOM, CAPTION = 20, 3, 14  # a contact sheet: tiles a side, enlargement, pixels for the text under each tile
-
-
-class Source(NamedTuple):
-    """A picture to read: its name for people, and its path or content; or what is wrong with it."""
-
-    name: str
-    picture: Path | bytes | None
-    message: str = ""
 
 
 class Answer(NamedTuple):
@@ -88,16 +80,17 @@ def predict(
     """
     if json and csv:
         raise ValueError("--json and --csv are two formats; give one of them")
-    predictor = Predictor.load(ckpt_path)
     sources = list(find_pictures(files))
     answers: list[Answer] = []
     images: list[np.ndarray | None] = []
     bar = tqdm(total=len(sources), unit="picture", disable=len(sources) <= BATCH_SIZE or not sys.stderr.isatty())
-    with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with bar, prepare_all(sources, invert, split) as prepared:
+        from digitnet.apply.predictor import Predictor  # takes seconds, in which the first pictures are prepared
+
+        predictor = Predictor.load(ckpt_path)
         for start in range(0, len(sources), BATCH_SIZE):
             batch = sources[start : start + BATCH_SIZE]
-            prepared = list(pool.map(lambda source: prepare(source, invert, split), batch))
-            new, seen = answer(predictor, batch, prepared)
+            new, seen = answer(predictor, batch, list(islice(prepared, BATCH_SIZE)))
             answers += new
             images += seen
             bar.update(len(batch))
@@ -113,41 +106,6 @@ def predict(
         print(f"digitnet: error: {wrong.file}: {wrong.message}", file=sys.stderr)
     statuses = {one.status for one in answers}
     return FAILED if "error" in statuses else NO_DIGIT if "no digit" in statuses else DONE
-
-
-def find_pictures(files: Iterable[str]) -> Iterator[Source]:
-    """What was named, file by file; in folders, what has the ending of a picture, sorted."""
-    for name in files:
-        path = Path(name)
-        if name == "-":
-            yield Source(name, sys.stdin.buffer.read())
-        elif path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-            yield from (Source(str(file), file) for file in inside)
-            if not inside:
-                yield Source(name, None, f"a folder without pictures ({', '.join(sorted(SUFFIXES))})")
-        elif has_magic(name) and not path.exists():
-            anchor = Path(path.anchor)
-            found = sorted(file for file in anchor.glob(str(path.relative_to(anchor))) if file.is_file())
-            yield from (Source(str(file), file) for file in found)
-            if not found:
-                yield Source(name, None, "no file is named like this")
-        else:
-            yield Source(name, path)
-
-
-def prepare(source: Source, invert: Invert, split: bool) -> list[Digit28] | str:
-    """The digits in a picture as MNIST would hold them, or what is wrong with the picture, in one line."""
-    if source.picture is None:
-        return source.message
-    try:
-        picture = open_picture(source.picture)
-        if split:
-            return split_digits(picture, invert)
-        digit = normalize(picture, invert)
-        return [digit] if digit else []
-    except (ValueError, OSError, MemoryError) as error:
-        return " ".join(str(error).split()) or type(error).__name__
 
 
 def answer(
