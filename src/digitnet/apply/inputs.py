@@ -83,6 +83,7 @@ def prepare_all(sources: list[Source], invert: Invert, split: bool) -> Iterator[
     if workers > 1:
         spawn = multiprocessing.get_context("spawn")  # a fork would copy torch's threads without what they hold
         pool = ProcessPoolExecutor(workers, spawn, initializer=leave_with_parent)
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's, of each worker: more would fight for the cores
     else:
         pool = ThreadPoolExecutor(cores)
     try:
