@@ -174,7 +174,7 @@ def to_side(picture: Image.Image, side: int) -> tuple[Image.Image, float]:
         factor = math.ceil(longest / side)
         return picture.reduce(factor), factor
     colours = picture.getcolors(256) if picture.mode == "RGB" else None
-    if colours and all(red == green == blue for _, (red, green, blue) in colours):
+    if colours and all(isinstance(colour, tuple) and len(set(colour)) == 1 for _, colour in colours):
         picture = picture.convert("L")  # the same values, three times faster
     if longest < MIN_SIDE:
         factor = math.ceil(MIN_SIDE / longest)
