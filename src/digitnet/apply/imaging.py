@@ -14,6 +14,7 @@ from __future__ import annotations
 import io
 import math
 import warnings
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
 
@@ -90,7 +91,8 @@ def open_picture(source: Path | BinaryIO | bytes) -> Image.Image:
             picture.draft("RGB", (SHEET_SIDE, SHEET_SIDE))  # decodes a large photo at half size or less, much faster
         picture.load()
         is_turned = picture.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
-        picture = ImageOps.exif_transpose(picture)
+        if is_turned:
+            picture = ImageOps.exif_transpose(picture)
     except Exception as error:  # so can broken content
         raise ValueError("damaged: the picture breaks off or cannot be decoded") from error
     picture.info["steps"] = ("turned by EXIF",) if is_turned else ()
@@ -171,6 +173,9 @@ def to_side(picture: Image.Image, side: int) -> tuple[Image.Image, float]:
     if longest > side:
         factor = math.ceil(longest / side)
         return picture.reduce(factor), factor
+    colours = picture.getcolors(256) if picture.mode == "RGB" else None
+    if colours and all(isinstance(colour, tuple) and len(set(colour)) == 1 for _, colour in colours):
+        picture = picture.convert("L")  # the same values, three times faster
     if longest < MIN_SIDE:
         factor = math.ceil(MIN_SIDE / longest)
         return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.BICUBIC), 1 / factor
@@ -191,7 +196,8 @@ def find_ink(picture: Image.Image, invert: Invert) -> Ink | None:
     shrink = math.ceil(max(picture.size) / 80)
     small = np.asarray(picture.reduce(shrink), np.float32)
     small = small.reshape(*small.shape[:2], -1)
-    if small.shape[2] == 3 and np.ptp(small, axis=2).max() > 8:  # take the channel that shows the ink best
+    if small.shape[2] == 3 and np.abs(small - small[..., [1, 2, 0]]).max() > 8:  # coloured
+        # Take the channel that shows the ink best.
         grey = np.array([0.299, 0.587, 0.114], np.float32)
         mixes = [grey, *np.eye(3, dtype=np.float32)]
         fits = [fit_paper(small @ mix) for mix in mixes]
@@ -215,8 +221,8 @@ def find_ink(picture: Image.Image, invert: Invert) -> Ink | None:
     closed = closed[half : half + coarse.shape[0], half : half + coarse.shape[1]]
     paper = resize(closed, light.shape)
     values = (paper - light) * (level / np.maximum(paper, 1)).clip(0.5, 3)  # as black in the shadow as in the light
-    values -= np.median(values)
-    noise = 1.4826 * float(np.median(np.abs(values)))
+    values -= quantile(values, 0.5)
+    noise = 1.4826 * quantile(np.abs(values), 0.5)
     floor = max(MIN_CONTRAST, 4 * noise)
     shading = float(np.ptp(closed))
     if shading > 16:
@@ -235,19 +241,33 @@ class Paper(NamedTuple):
 
 def fit_paper(image: np.ndarray) -> Paper:
     """Fit a quadratic surface, evenly shaded paper, to what most pixels are, starting from the border's median."""
-    height, width = image.shape
-    y, x = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij")
-    terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=-1).reshape(-1, 6)
+    terms = quadratic_terms(*image.shape)
     border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
     flat = image.ravel().astype(np.float64)
-    fitted = np.full_like(flat, np.median(border))
+    fitted = np.full_like(flat, quantile(border, 0.5))
     for _ in range(3):  # least squares, with ever less weight on ink
         distance = np.abs(flat - fitted)
-        weighted = terms / (1 + (distance / (2 * np.median(distance) + 4)) ** 2)[:, None]
-        fitted = terms @ np.linalg.solve(weighted.T @ terms + 1e-3 * np.eye(6), weighted.T @ flat)
+        weighted = terms / (1 + (distance / (2 * quantile(distance, 0.5) + 4)) ** 2)
+        fitted = np.linalg.solve(weighted @ terms.T + 1e-3 * np.eye(6), weighted @ flat) @ terms
     few = max(1, min(16, flat.size // 50))
     rest = np.partition(flat - fitted, (few, -few))
-    return Paper(float(np.median(fitted)), -float(rest[:few].mean()), float(rest[-few:].mean()))
+    return Paper(quantile(fitted, 0.5), -float(rest[:few].mean()), float(rest[-few:].mean()))
+
+
+@lru_cache(maxsize=8)
+def quadratic_terms(height: int, width: int) -> np.ndarray:
+    """1, x, y, x^2, xy and y^2 of every pixel, x and y in [-1, 1]: (6, height * width) float64."""
+    y, x = (np.linspace(-1, 1, side) ** np.arange(3)[:, None] for side in (height, width))  # (3, side): 1, x, x^2
+    return (y[[0, 0, 1, 0, 1, 2], :, None] * x[[0, 1, 0, 2, 1, 0], None]).reshape(6, -1)
+
+
+def quantile(values: np.ndarray, share: float) -> float:
+    """What ``np.quantile`` gives, without its preparations: they take longer than a small picture's pixels."""
+    position = share * (values.size - 1)
+    low = int(position)
+    high = min(low + 1, values.size - 1)
+    ordered = np.partition(values, (low, high), axis=None)
+    return float(ordered[low] + (position - low) * (ordered[high] - ordered[low]))
 
 
 def resize(image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -266,13 +286,11 @@ class Found(NamedTuple):
 
 def pick_digit(ink: Ink) -> Found | None:
     """The largest piece of ink that is not cut off by the edge, and the pieces that belong to it."""
-    mask, steps = ink_mask(ink), []
-    labels, num = ndimage.label(mask, np.ones((3, 3)))
+    (labels, num), steps = label_ink(ink), []
     if not num:
         return None
-    amounts = np.bincount(labels.ravel(), ink.values.ravel())[1:]
-    boxes = piece_boxes(labels)
-    at_edge = (boxes[:, :2] == 0).any(1) | (boxes[:, 2:] == mask.shape).any(1)
+    amounts, boxes = measure_pieces(ink, labels)
+    at_edge = (boxes[:, :2] == 0).any(1) | (boxes[:, 2:] == labels.shape).any(1)
     main = int(np.argmax(amounts * np.where(at_edge, 0.2, 1)))
 
     gap = GAP * (boxes[main, 2:] - boxes[main, :2]).max()
@@ -292,9 +310,11 @@ def pick_digit(ink: Ink) -> Found | None:
     return cut_out(ink, labels, kept, tuple(steps))
 
 
-def piece_boxes(labels: np.ndarray) -> np.ndarray:
-    """Top, left, bottom, right of every labelled piece, (N, 4), the last two exclusive."""
-    return np.array([(r.start, c.start, r.stop, c.stop) for r, c in ndimage.find_objects(labels)])
+def measure_pieces(ink: Ink, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of every labelled piece the amount of ink, (N,), and top, left, bottom, right, (N, 4), the last two exclusive."""
+    where = np.flatnonzero(labels)
+    amounts = np.bincount(labels.ravel()[where], ink.values.ravel()[where])[1:]
+    return amounts, np.array([(r.start, c.start, r.stop, c.stop) for r, c in ndimage.find_objects(labels)])
 
 
 def cut_out(ink: Ink, labels: np.ndarray, kept: np.ndarray, steps: tuple[str, ...]) -> Found:
@@ -310,16 +330,17 @@ def cut_out(ink: Ink, labels: np.ndarray, kept: np.ndarray, steps: tuple[str, ..
     )
     values, mask = ink.values[box], mask[box]
     soft = ndimage.maximum_filter(mask, 2 * margin + 1) & ~others[box]
-    full = np.percentile(values[mask], 60)
+    full = quantile(values[mask], 0.6)
     low = min(ink.floor / 2, full / 4)
     scaled = np.where(soft, (values - low) / (full - low), 0).clip(0, 1)
     return Found(scaled.astype(np.float32), (rows, columns), steps)
 
 
-def ink_mask(ink: Ink) -> np.ndarray:
-    """Where there is ink: above half of Otsu's threshold, in pieces that reach the threshold."""
+def label_ink(ink: Ink) -> tuple[np.ndarray, int]:
+    """Number the pieces of ink from 1, and say how many: above half of Otsu's threshold, and reaching it somewhere."""
     values = ink.values[ink.values > ink.floor]
-    counts, edges = np.histogram(values, 64, (0, float(ink.values.max())))
+    edges = np.linspace(0, values.max(), 65)
+    counts = np.bincount((values * (64 / edges[-1])).astype(np.intp).clip(max=63), minlength=64)
     below, sums = np.cumsum(counts), np.cumsum(counts * (edges[1:] + edges[:-1]) / 2)
     between = (sums[-1] * below - sums * len(values)) ** 2 / np.maximum(below * (len(values) - below), 1)
     threshold = edges[1 + np.argmax(between)]
@@ -327,7 +348,8 @@ def ink_mask(ink: Ink) -> np.ndarray:
     labels, num = ndimage.label(weak, np.ones((3, 3)))
     strong = np.bincount(labels[ink.values >= threshold], minlength=num + 1) > 0
     strong[0] = False
-    return strong[labels]
+    numbers = np.where(strong, np.cumsum(strong), 0)
+    return numbers[labels], int(numbers.max())
 
 
 def without_lines(ink: Ink) -> Ink:
@@ -378,8 +400,8 @@ def to_mnist(ink: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
     rows, columns = (np.flatnonzero((ink > 0.1).any(axis)) for axis in (1, 0))
     ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     fine = scale_to(ink, 20 * FINE)
-    ink = ink / max(float(np.percentile(fine[fine > 0.5 * fine.max()], 60)), 0.05)  # hairlines fade in shrinking
-    fine = scale_to(ink, 20 * FINE)
+    peak = max(quantile(fine[fine > 0.5 * fine.max()], 0.6), 0.05)  # hairlines fade in shrinking
+    ink, fine = ink / peak, (fine / peak).clip(0, 1)
     width = stroke_width(fine) / FINE
     thinnest, thickest = STROKE_RANGE
     steps: tuple[str, ...] = ()
@@ -396,7 +418,7 @@ def to_mnist(ink: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
     fine = np.pad(fine, ((0, height * FINE - fine.shape[0]), (0, width * FINE - fine.shape[1])))
     box = fine.reshape(height, FINE, width, FINE).mean((1, 3))  # (<= 20, <= 20)
     centre = ndimage.center_of_mass(box)
-    top, left = (int(np.clip(round(14 - c), 0, 28 - side)) for c, side in zip(centre, box.shape, strict=True))
+    top, left = (min(max(round(14 - c), 0), 28 - side) for c, side in zip(centre, box.shape, strict=True))
     image = np.zeros((28, 28), np.uint8)
     image[top : top + height, left : left + width] = np.round(255 * box)
     return image, steps
@@ -442,13 +464,11 @@ def split_digits(picture: Image.Image, invert: Invert = "auto") -> list[Digit28]
     ink = find_ink(to_side(flatten(picture), SHEET_SIDE)[0], invert)
     if ink is None:
         return []
-    mask, steps = ink_mask(ink), (*picture.info.get("steps", ()), *ink.steps)
-    labels, num = ndimage.label(mask, np.ones((3, 3)))
+    (labels, num), steps = label_ink(ink), (*picture.info.get("steps", ()), *ink.steps)
     if not num:
         return []
-    amounts = np.bincount(labels.ravel(), ink.values.ravel())[1:]
-    boxes = piece_boxes(labels)
-    at_edge = (boxes[:, :2] == 0).any(1) | (boxes[:, 2:] == mask.shape).any(1)
+    amounts, boxes = measure_pieces(ink, labels)
+    at_edge = (boxes[:, :2] == 0).any(1) | (boxes[:, 2:] == labels.shape).any(1)
     whole = (amounts > 0.02 * amounts.max()) & ~at_edge
     if not whole.any():
         whole = amounts > 0.02 * amounts.max()

@@ -2,51 +2,15 @@
 
 from __future__ import annotations
 
-import csv as csv_format
-import io
-import json as json_format
-import os
 import sys
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from glob import has_magic
 from pathlib import Path
-from typing import Literal, NamedTuple
 
-import numpy as np
-from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from digitnet.apply.imaging import Digit28, Invert, normalize, open_picture, split_digits
-from digitnet.apply.predictor import Predictor, Reading
-from digitnet.files import replace_whole
+from digitnet.apply.imaging import Invert
+from digitnet.apply.inputs import find_pictures, prepare_all
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
-BATCH_SIZE = 128  # pictures between two steps of the progress bar
 DONE, FAILED, NO_DIGIT = 0, 1, 3  # exit codes; 2 is wrong usage
-TILES, ZOOM, CAPTION = 20, 3, 14  # a contact sheet: tiles a side, enlargement, pixels for the text under each tile
-
-
-class Source(NamedTuple):
-    """A picture to read: its name for people, and its path or content; or what is wrong with it."""
-
-    name: str
-    picture: Path | bytes | None
-    message: str = ""
-
-
-class Answer(NamedTuple):
-    """One object of ``--json``, one row of ``--csv``: what was read in one file, or in one place of a sheet."""
-
-    file: str
-    digit: int | None  # None where there is no digit
-    confidence: float | None  # probability of the best guess; 0 on blank paper, None for an error
-    status: Literal["ok", "uncertain", "no digit", "error"]
-    runner_up: int | None = None
-    runner_up_confidence: float | None = None
-    number: int | None = None  # with --split: which digit on the sheet, from 1
-    steps: tuple[str, ...] = ()  # what was done to the picture
-    message: str = ""  # what is wrong with the file
 
 
 def predict(
@@ -88,147 +52,24 @@ def predict(
     """
     if json and csv:
         raise ValueError("--json and --csv are two formats; give one of them")
-    predictor = Predictor.load(ckpt_path)
     sources = list(find_pictures(files))
-    answers: list[Answer] = []
-    images: list[np.ndarray | None] = []
-    bar = tqdm(total=len(sources), unit="picture", disable=len(sources) <= BATCH_SIZE or not sys.stderr.isatty())
-    with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in range(0, len(sources), BATCH_SIZE):
-            batch = sources[start : start + BATCH_SIZE]
-            prepared = list(pool.map(lambda source: prepare(source, invert, split), batch))
-            new, seen = answer(predictor, batch, prepared)
-            answers += new
-            images += seen
-            bar.update(len(batch))
+    with prepare_all(sources, invert, split) as prepared:
+        from digitnet.apply import answers as formats  # imports torch: takes seconds, while pictures are prepared
+        from digitnet.apply.predictor import Predictor
+
+        predictor = Predictor.load(ckpt_path)
+        is_quiet = len(sources) <= 128 or not sys.stderr.isatty()
+        digits = list(tqdm(prepared, total=len(sources), unit="picture", disable=is_quiet))
+    answers, images = formats.answer(predictor, sources, digits)  # now that all cores are free
     if save_preprocessed:
-        save_sheets(save_preprocessed, answers, images)
+        formats.save_sheets(save_preprocessed, answers, images)
     if json:
-        print(to_json(answers))
+        print(formats.to_json(answers))
     elif csv:
-        print(to_csv(answers), end="")
+        print(formats.to_csv(answers), end="")
     else:
-        print(to_table(answers), end="")
+        print(formats.to_table(answers), end="")
     for wrong in (one for one in answers if one.status == "error"):
         print(f"digitnet: error: {wrong.file}: {wrong.message}", file=sys.stderr)
     statuses = {one.status for one in answers}
     return FAILED if "error" in statuses else NO_DIGIT if "no digit" in statuses else DONE
-
-
-def find_pictures(files: Iterable[str]) -> Iterator[Source]:
-    """What was named, file by file; in folders, what has the ending of a picture, sorted."""
-    for name in files:
-        path = Path(name)
-        if name == "-":
-            yield Source(name, sys.stdin.buffer.read())
-        elif path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-            yield from (Source(str(file), file) for file in inside)
-            if not inside:
-                yield Source(name, None, f"a folder without pictures ({', '.join(sorted(SUFFIXES))})")
-        elif has_magic(name) and not path.exists():
-            anchor = Path(path.anchor)
-            found = sorted(file for file in anchor.glob(str(path.relative_to(anchor))) if file.is_file())
-            yield from (Source(str(file), file) for file in found)
-            if not found:
-                yield Source(name, None, "no file is named like this")
-        else:
-            yield Source(name, path)
-
-
-def prepare(source: Source, invert: Invert, split: bool) -> list[Digit28] | str:
-    """The digits in a picture as MNIST would hold them, or what is wrong with the picture, in one line."""
-    if source.picture is None:
-        return source.message
-    try:
-        picture = open_picture(source.picture)
-        if split:
-            return split_digits(picture, invert)
-        digit = normalize(picture, invert)
-        return [digit] if digit else []
-    except (ValueError, OSError, MemoryError) as error:
-        return " ".join(str(error).split()) or type(error).__name__
-
-
-def answer(
-    predictor: Predictor, sources: Iterable[Source], prepared: list[list[Digit28] | str]
-) -> tuple[list[Answer], list[np.ndarray | None]]:
-    """Read a batch of pictures; answers, and the 28x28 image that each is about, None where there is none."""
-    seen = [digit.image for digits in prepared if not isinstance(digits, str) for digit in digits]
-    readings = iter(predictor.read(np.stack(seen)) if seen else ())
-    answers: list[Answer] = []
-    images: list[np.ndarray | None] = []
-    for source, digits in zip(sources, prepared, strict=True):
-        if isinstance(digits, str):
-            answers.append(Answer(source.name, None, None, "error", message=digits))
-            images.append(None)
-        elif not digits:
-            answers.append(Answer(source.name, None, 0.0, "no digit", steps=("no ink found",)))
-            images.append(None)
-        else:
-            several = len(digits) > 1
-            for number, digit in enumerate(digits, 1):
-                answers.append(to_answer(source.name, next(readings), digit.steps, number if several else None))
-                images.append(digit.image)
-    return answers, images
-
-
-def to_answer(file: str, reading: Reading, steps: tuple[str, ...], number: int | None) -> Answer:
-    """What a Reading says of a file."""
-    return Answer(
-        file, reading.digit, round(reading.confidence, 6), reading.status,
-        reading.runner_up, round(reading.runner_up_confidence, 6), number, steps,
-    )  # fmt: skip
-
-
-# --- formats ----------------------------------------------------------------------------------------------------------
-
-
-def to_json(answers: list[Answer]) -> str:
-    """A list of objects, one a line."""
-    return "[\n" + ",\n".join(f"  {json_format.dumps(one._asdict())}" for one in answers) + "\n]"
-
-
-def to_csv(answers: list[Answer]) -> str:
-    """A header and a row for each answer; the steps joined by semicolons."""
-    text = io.StringIO()
-    writer = csv_format.DictWriter(text, Answer._fields, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({**one._asdict(), "steps": "; ".join(one.steps)} for one in answers)
-    return text.getvalue()
-
-
-def to_table(answers: list[Answer]) -> str:
-    """Aligned columns for people; errors are left to standard error."""
-    rows: list[tuple[str, ...]] = [("file", "digit", "confidence", "runner-up", "status", "what was done")]
-    for one in answers:
-        if one.status == "error":
-            continue
-        name = f"{one.file} {one.number}" if one.number else one.file
-        second = "" if one.runner_up is None else f"{one.runner_up} {one.runner_up_confidence:.1%}"
-        first = "-" if one.digit is None else str(one.digit)
-        confidence = "" if one.runner_up is None else f"{one.confidence:.1%}"
-        rows.append((name, first, confidence, second, one.status, ", ".join(one.steps)))
-    if len(rows) == 1:
-        return ""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
-    return "\n".join(lines) + "\n"
-
-
-def save_sheets(folder: Path, answers: list[Answer], images: list[np.ndarray | None]) -> None:
-    """Write contact sheets ``sheet_001.png`` ...: what the network saw, enlarged, with its answer below."""
-    tiles = [(one, image) for one, image in zip(answers, images, strict=True) if image is not None]
-    width, height = 28 * ZOOM + 4, 28 * ZOOM + CAPTION
-    for start in range(0, len(tiles), TILES**2):
-        some = tiles[start : start + TILES**2]
-        columns = min(TILES, len(some))
-        sheet = Image.new("L", (columns * width, -(-len(some) // columns) * height), 96)
-        pen = ImageDraw.Draw(sheet)
-        for index, (one, image) in enumerate(some):
-            x, y = index % columns * width, index // columns * height
-            sheet.paste(Image.fromarray(image).resize((28 * ZOOM, 28 * ZOOM), Image.Resampling.NEAREST), (x + 2, y + 1))
-            guess = "no digit" if one.digit is None else f"{one.digit}{'?' * (one.status == 'uncertain')}"
-            pen.text((x + 3, y + 28 * ZOOM + 1), f"{guess}  {Path(one.file).stem[:9]}", 255)
-        with replace_whole(folder / f"sheet_{start // TILES**2 + 1:03}.png") as part:
-            sheet.save(part, "PNG")

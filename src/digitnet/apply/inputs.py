@@ -1,0 +1,114 @@
+"""What was named on the command line -> digits as MNIST would hold them, picture by picture."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import partial
+from glob import has_magic
+from pathlib import Path
+from threading import Thread
+from typing import NamedTuple
+
+from digitnet.apply.imaging import Digit28, Invert, normalize, open_picture, split_digits
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
+FILES_PER_WORKER = 64  # at least: so many scans take two processes, started for them, as long as this one
+MAX_WORKERS = 16  # by then the network is slower
+CHUNK = 8  # files that a worker is given at once
+
+
+class Source(NamedTuple):
+    """A picture to read: its name for people, and its path or content; or what is wrong with it."""
+
+    name: str
+    picture: Path | bytes | None
+    message: str = ""
+
+
+def find_pictures(files: Iterable[str]) -> Iterator[Source]:
+    """What was named, file by file; in folders, what has the ending of a picture, sorted."""
+    for name in files:
+        path = Path(name)
+        if name == "-":
+            yield Source(name, sys.stdin.buffer.read())
+        elif path.is_dir():
+            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+            yield from (Source(str(file), file) for file in inside)
+            if not inside:
+                yield Source(name, None, f"a folder without pictures ({', '.join(sorted(SUFFIXES))})")
+        elif has_magic(name) and not path.exists():
+            anchor = Path(path.anchor)
+            found = sorted(file for file in anchor.glob(str(path.relative_to(anchor))) if file.is_file())
+            yield from (Source(str(file), file) for file in found)
+            if not found:
+                yield Source(name, None, "no file is named like this")
+        else:
+            yield Source(name, path)
+
+
+def prepare(source: Source, invert: Invert, split: bool) -> list[Digit28] | str:
+    """The digits in a picture as MNIST would hold them, or what is wrong with the picture, in one line."""
+    if source.picture is None:
+        return source.message
+    try:
+        picture = open_picture(source.picture)
+        if split:
+            return split_digits(picture, invert)
+        digit = normalize(picture, invert)
+        return [digit] if digit else []
+    except (ValueError, OSError, MemoryError) as error:
+        return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextmanager
+def prepare_all(sources: list[Source], invert: Invert, split: bool) -> Iterator[Iterator[list[Digit28] | str]]:
+    """Start to prepare pictures in the background; ``prepare``'s results, in order.
+
+    A small picture is many short steps of Python, which threads cannot share, so many files are read by processes. They
+    import this module and not torch, and are at work while the caller still loads it.
+
+    Raises:
+        OSError: one of the processes was killed.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(cores, MAX_WORKERS, len(sources) // FILES_PER_WORKER)
+    pool: Executor
+    if workers > 1:
+        spawn = multiprocessing.get_context("spawn")  # a fork would copy torch's threads without what they hold
+        pool = ProcessPoolExecutor(workers, spawn, initializer=leave_with_parent)
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's, of each worker: more would fight for the cores
+    else:
+        pool = ThreadPoolExecutor(cores)
+    try:
+        on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers keep that: Ctrl-C is for the parent
+        try:
+            prepared = pool.map(partial(prepare, invert=invert, split=split), sources, chunksize=CHUNK)
+        finally:
+            signal.signal(signal.SIGINT, on_interrupt)
+        yield prepared
+    except BrokenProcessPool as error:
+        raise OSError(
+            "a process that reads pictures was killed, as happens when memory runs out; free some, or give fewer than "
+            f"{2 * FILES_PER_WORKER} files at once, which are read in one process"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def leave_with_parent() -> None:
+    """End this worker when its parent is gone, however that ended; else it would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=wait, daemon=True).start()
