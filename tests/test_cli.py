@@ -336,6 +336,7 @@ WRONG = [
     (["fit", "--trainer.accelerator", "cpu", "--trainer.devices", "-1"], 1, "trainer: `devices` selected with"),
     (["fit", "--model.dropout", "1.5"], 1, "dropout is 1.5"),
     (["fit", "--model.optimizer.lr", "-1"], 1, "Invalid learning rate: -1"),
+    (["fit", "--model.optimizer.lr", "null"], 1, "model.optimizer or model.lr_scheduler: '<=' not supported"),
     (
         ["fit", "--early_stopping.monitor", "val/accuracy"],
         1,

@@ -242,7 +242,12 @@ class DigitCLI(LightningCLI):
     def fit(self, model: DigitClassifier, **kwargs: Any) -> None:
         # Data, optimizer and log folder first: where one of them is wrong, no half-made run is left behind.
         self.datamodule.setup("fit")
-        model.configure_optimizers()
+        try:
+            model.configure_optimizers()
+        except ValueError:
+            raise
+        except Exception as error:  # any optimizer, any argument: learning rate null is a TypeError
+            raise ValueError(f"model.optimizer or model.lr_scheduler: {error}") from error
         with contextlib.ExitStack() as stack:
             for logger in self.trainer.loggers:
                 if isinstance(logger, TensorBoardLogger) and self.trainer.is_global_zero:
