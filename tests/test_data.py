@@ -658,7 +658,10 @@ BAD_FILES: dict[str, tuple[Callable[[Path, Digits], Path], str]] = {
         "labels that are not whole numbers from 0 to 9",
     ),
     "arff without data": (lambda tmp, few: save_arff(tmp / "few.arff", few, data=""), "it has no @DATA line"),
-    "arff of 256": (lambda tmp, few: save_arff(tmp / "few.arff", few, data="@DATA\n" + "256," * 784 + "1\n"), "int64"),
+    "arff of 256": (
+        lambda tmp, few: save_arff(tmp / "few.arff", few, data="@DATA\n" + "256," * 784 + "1\n"),
+        "0 to 255",
+    ),
     "arff with a gap": (lambda tmp, few: save_arff(tmp / "few.arff", few, data="@DATA\n" + "?," * 784 + "1\n"), "'?'"),
     "arff cut short": (lambda tmp, few: shorten(shorten(save_arff(tmp / "few.arff", few))), "NA values"),
     "arff.gz cut short": (lambda tmp, few: shorten(save_arff(tmp / "few.arff.gz", few)), "Compressed file ended"),

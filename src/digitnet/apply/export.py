@@ -172,7 +172,7 @@ def write_pt2(module: CalibratedNet, path: Path) -> None:
 def load_pt2(path: Path) -> Run:
     """A function that runs a .pt2 file."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch 2.11 warns of its own reading
+        warnings.simplefilter("ignore")  # some versions of PyTorch warn of their own reading
         module = torch.export.load(io.BytesIO(path.read_bytes())).module()
 
     def run(images: np.ndarray) -> dict[str, np.ndarray]:

@@ -267,5 +267,9 @@ def _read_arff(path: Path) -> tuple[np.ndarray, np.ndarray]:
     with opener(path, "rt", encoding="utf-8") as file:
         if not any(line.strip().lower() == "@data" for line in file):
             raise ValueError("it has no @DATA line")
-        table = pd.read_csv(file, header=None, comment="%", dtype=np.uint8).to_numpy()
+        # Not as uint8: some versions of pandas make a 0 of 256.
+        table = pd.read_csv(file, header=None, comment="%", dtype=np.float32).to_numpy()
+    if not ((table >= 0) & (table <= 255) & (table % 1 == 0)).all():
+        raise ValueError("it has values that are not whole numbers from 0 to 255")
+    table = table.astype(np.uint8)
     return table[:, :-1], table[:, -1]
