@@ -663,7 +663,7 @@ BAD_FILES: dict[str, tuple[Callable[[Path, Digits], Path], str]] = {
         "0 to 255",
     ),
     "arff with a gap": (lambda tmp, few: save_arff(tmp / "few.arff", few, data="@DATA\n" + "?," * 784 + "1\n"), "'?'"),
-    "arff cut short": (lambda tmp, few: shorten(shorten(save_arff(tmp / "few.arff", few))), "NA values"),
+    "arff cut short": (lambda tmp, few: shorten(shorten(save_arff(tmp / "few.arff", few))), "0 to 255"),
     "arff.gz cut short": (lambda tmp, few: shorten(save_arff(tmp / "few.arff.gz", few)), "Compressed file ended"),
 }
 

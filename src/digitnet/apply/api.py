@@ -24,6 +24,7 @@ from fastapi.responses import JSONResponse
 from fastapi.staticfiles import StaticFiles
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from python_multipart.exceptions import FormParserError
 from starlette.datastructures import MutableHeaders, UploadFile
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
@@ -234,11 +235,14 @@ async def find_picture(request: Request, kind: str, body: bytes) -> bytes:
     async def replay() -> Message:
         return {"type": "http.request", "body": body, "more_body": False}
 
-    async with Request(request.scope, replay).form(max_files=1, max_fields=8) as form:
-        files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
-        if len(files) != 1:
-            raise HTTPException(400, "the form has no file; send one, for example with curl -F file=@digit.png")
-        return await files[0].read()
+    try:
+        async with Request(request.scope, replay).form(max_files=1, max_fields=8) as form:
+            files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
+            if len(files) != 1:
+                raise HTTPException(400, "the form has no file; send one, for example with curl -F file=@digit.png")
+            return await files[0].read()
+    except FormParserError as error:  # newer versions of Starlette answer by themselves
+        raise HTTPException(400, f"the form is broken: {to_one_line(str(error))}") from error
 
 
 def parse_picture(picture: bytes, invert: Invert) -> Digit28 | None:
