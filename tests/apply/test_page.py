@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -115,7 +116,7 @@ def test_drawn_digits_are_read(page: Page) -> None:
         expect(page.locator("#digit")).to_have_text(str(digit))
         best = page.locator("#bars .best")
         expect(best).to_have_count(1)
-        assert (best.text_content() or "").endswith(str(digit))
+        expect(best).to_have_text(re.compile(rf"{digit}$"))  # the answer to half a stroke may come in between
         assert page.locator("#seen").evaluate("image => image.complete && image.naturalWidth") == 28
         page.get_by_role("button", name="Clear").click()
         expect(page.locator("#digit")).to_have_text("")
