@@ -368,3 +368,25 @@ def test_killed_while_saving_keeps_the_curves(digitnet: Run, tmp_path: Path, mon
     for tag in ("val/loss", "val/acc", "hp/val_acc", "train/loss", "lr-Adam"):
         one, two = ([(event.step, event.value) for event in events.Scalars(tag)] for events in (whole, resumed))
         assert one == two, tag
+
+
+# --- what it is built on ----------------------------------------------------------------------------------------------
+
+IMPORT_ALL = """
+import importlib, pkgutil, socket, sys
+def refuse(*args):
+    raise SystemExit(f"an import reached for the network: {args}")
+socket.socket.connect = socket.getaddrinfo = refuse
+import digitnet
+names = [module.name for module in pkgutil.walk_packages(digitnet.__path__, "digitnet.")]
+for name in names:
+    if not name.endswith("__main__"):
+        importlib.import_module(name)
+print(len(names))
+"""
+
+
+def test_importing_everything_needs_no_network() -> None:
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", IMPORT_ALL], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 30  # modules
