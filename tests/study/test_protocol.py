@@ -100,6 +100,12 @@ def test_a_run_that_ended_early_is_refused(
     assert "ended after 2 of 3 epochs; its figure is not fixed" in error
 
 
+def test_a_missing_config_is_told(digitnet: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert digitnet("protocol", "nothing.yaml") == 1
+    assert capsys.readouterr().err == "digitnet: error: nothing.yaml: no such config\n"
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_table_has_every_seed_their_mean_and_spread() -> None:
     common = {
         "num_parameters": 7,

@@ -245,6 +245,6 @@ def test_without_scikit_image_it_says_what_to_install(
     folder = tmp_path / "out"
     assert digitnet("robustness", "--ckpt_path", trained_run / "checkpoints" / "best.ckpt", "--folder", folder) == 1
     assert capsys.readouterr().err == (
-        'digitnet: error: canny_edges needs scikit-image: pip install "digitnet[robustness]"\n'
+        'digitnet: error: canny_edges needs scikit-image: pip install -e ".[robustness]"\n'
     )
     assert not folder.exists()

@@ -151,9 +151,11 @@ def load_row(path: Path) -> Row:
     """A row's config, with the base beside it.
 
     Raises:
+        FileNotFoundError: there is no such config.
         ValueError: one of them is no YAML, or has no keys.
     """
-    configs = [config for config in (path.with_name("base.yaml"), path) if config.is_file()]
+    base = path.with_name("base.yaml")
+    configs = [base, path] if base.is_file() else [path]
     settings = yaml.safe_dump(reduce(_merge, map(read_config, configs)))  # the keys in order
     digest = hashlib.sha256(settings.encode()).hexdigest()
     return Row(path, path.stem.replace("_", " "), tuple(f"--config={config}" for config in configs), digest)

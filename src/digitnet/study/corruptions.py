@@ -194,7 +194,7 @@ def canny_edges(images: Array, rng: np.random.Generator) -> Array:
     try:
         from skimage.feature import canny
     except ImportError as error:
-        raise ValueError('canny_edges needs scikit-image: pip install "digitnet[robustness]"') from error
+        raise ValueError('canny_edges needs scikit-image: pip install -e ".[robustness]"') from error
     return np.stack([canny(image) for image in images]).astype(float)
 
 

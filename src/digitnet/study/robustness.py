@@ -30,7 +30,7 @@ def robustness(
     """Score a checkpoint on its test images spoiled in the 15 ways of MNIST-C; a table and two figures.
 
     The corruptions are made anew from their published parameters, so the figures stand beside published ones, not for
-    them. canny_edges needs scikit-image: pip install "digitnet[robustness]".
+    them. canny_edges needs scikit-image: pip install -e ".[robustness]".
 
     Args:
         ckpt_path: the checkpoint; by default the newest run's best.
