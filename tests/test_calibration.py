@@ -94,6 +94,18 @@ def test_calibration_tells_digits_from_noise_and_is_the_same_each_time(
     assert share_of_digits(draw_noise(200, torch.Generator().manual_seed(5))) <= 0.1
 
 
+def test_the_networks_doubt_counts_beside_the_detectors_score() -> None:
+    images, net, calibration = torch.rand(6, 1, 28, 28), DigitNet().eval(), Calibration().eval()
+    calibration.energy_weight.fill_(0.5)
+    with torch.no_grad():
+        logits = net(images)
+        expected = calibration.detector(images) - 0.5 * logits.exp().sum(dim=1).log()
+        torch.testing.assert_close(calibration.score(images, logits), expected)
+        middle = expected.sort().values[2]
+        calibration.max_score.fill_(middle)
+        assert torch.equal(CalibratedNet(net, calibration)(images)[2], expected <= middle)
+
+
 def test_without_a_calibration_nothing_changes() -> None:
     images, net = torch.rand(4, 1, 28, 28), DigitNet().eval()
     probabilities, logits, is_digit = CalibratedNet(net, Calibration.from_state(None))(images)

@@ -54,14 +54,23 @@ class Calibration(nn.Module):
 
     temperature: Tensor  # what logits are divided by
     min_confidence: Tensor  # below, an answer is uncertain
-    max_score: Tensor  # of the detector; above, there is no digit
+    energy_weight: Tensor  # what the network's own doubt counts for beside the detector's score
+    max_score: Tensor  # above, there is no digit
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("temperature", torch.tensor(1.0))
         self.register_buffer("min_confidence", torch.tensor(MIN_CONFIDENCE))
+        self.register_buffer("energy_weight", torch.tensor(0.0))
         self.register_buffer("max_score", torch.tensor(torch.inf))
         self.detector = Detector()
+
+    def score(self, images: Tensor, logits: Tensor) -> Tensor:
+        """How unlike a digit images (B, 1, 28, 28) are, with the network's logits (B, 10) of them: (B,), unbounded.
+
+        Source of the second part: Liu et al. 2020, Energy-based Out-of-distribution Detection, arXiv 2010.03759.
+        """
+        return self.detector(images) - self.energy_weight * logits.logsumexp(dim=1)
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor] | None) -> Calibration:
@@ -93,4 +102,4 @@ class CalibratedNet(nn.Module):
         """
         logits = self.net(images)
         probabilities = (logits / self.calibration.temperature).softmax(dim=1)
-        return probabilities, logits, self.calibration.detector(images) <= self.calibration.max_score
+        return probabilities, logits, self.calibration.score(images, logits) <= self.calibration.max_score

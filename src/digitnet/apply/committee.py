@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 
-from digitnet.calibrate import fit_calibration
+from digitnet.calibrate import fit_calibration, fit_max_score
 from digitnet.calibration import Calibration
 from digitnet.checkpoints import load_net, save_checkpoint
 from digitnet.data import MNISTDataModule
@@ -20,7 +21,7 @@ def committee(checkpoints: list[Path], output: Path = Path("committee.ckpt"), da
       python -m digitnet committee lightning_logs/final/version_*/checkpoints/best.ckpt
       python -m digitnet test --ckpt_path committee.ckpt
 
-    Temperature and threshold are fitted anew on the validation images of the first one's run; the detector of
+    Temperature and thresholds are fitted anew on the validation images of the first one's run; the detector of
     non-digits is the first one's.
 
     Args:
@@ -50,7 +51,11 @@ def committee(checkpoints: list[Path], output: Path = Path("committee.ckpt"), da
     net = Committee(members)
     calibration = fit_calibration(net, module.datasets[0], module.datasets[1], num_digits=0)
     firsts = Calibration.from_state(first.get("calibration"))
-    calibration.detector, calibration.max_score = firsts.detector, firsts.max_score
+    if firsts.max_score < torch.inf:
+        # By the detector alone: logarithms of mean probabilities have no energy to tell.
+        calibration.detector = firsts.detector
+        images = module.datasets[1].images
+        fit_max_score(calibration, torch.zeros(len(images), 10), images, torch.device("cpu"))
     combined = {
         "state_dict": {f"net.{name}": weight for name, weight in net.state_dict().items()},
         "calibration": calibration.state_dict(),
