@@ -270,6 +270,8 @@ def test_an_mnist_digit_passes_unchanged(digits: np.ndarray, real_digits: Digits
         inverted = found(Image.fromarray(255 - image))
         assert np.array_equal(inverted.image, image)
         assert inverted.steps == ("inverted",)
+    for mode in ("RGB", "RGBA", "P", "LA"):  # as programs save grey pictures
+        assert np.array_equal(found(Image.fromarray(digits[0]).convert(mode)).image, digits[0])
 
 
 @pytest.mark.parametrize("bright", [False, True])

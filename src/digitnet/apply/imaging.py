@@ -149,8 +149,15 @@ def flatten(picture: Image.Image) -> Image.Image:
             flat.alpha_composite(layer)
             if paper == "black" or np.asarray(flat.convert("RGB")).min() < 255 - MIN_CONTRAST:
                 break
-        return flat.convert("RGB")
-    return picture.convert("L" if picture.mode in ("1", "L") else "RGB")
+        return drop_colour(flat.convert("RGB"))
+    return picture.convert("L") if picture.mode in ("1", "L") else drop_colour(picture.convert("RGB"))
+
+
+def drop_colour(picture: Image.Image) -> Image.Image:
+    """A picture in mode "RGB" that holds nothing but grey, in mode "L"; others as they are."""
+    colours = picture.getcolors(256)
+    is_grey = colours and all(isinstance(colour, tuple) and len(set(colour)) == 1 for _, colour in colours)
+    return picture.convert("L") if is_grey else picture
 
 
 def is_mnist_like(image: np.ndarray) -> bool:
@@ -173,9 +180,6 @@ def to_side(picture: Image.Image, side: int) -> tuple[Image.Image, float]:
     if longest > side:
         factor = math.ceil(longest / side)
         return picture.reduce(factor), factor
-    colours = picture.getcolors(256) if picture.mode == "RGB" else None
-    if colours and all(isinstance(colour, tuple) and len(set(colour)) == 1 for _, colour in colours):
-        picture = picture.convert("L")  # the same values, three times faster
     if longest < MIN_SIDE:
         factor = math.ceil(MIN_SIDE / longest)
         return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.BICUBIC), 1 / factor
