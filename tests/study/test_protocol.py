@@ -61,6 +61,9 @@ def test_trains_each_seed_once_and_scores_its_last_epoch(
 ) -> None:
     monkeypatch.setattr(module, "SPLIT", (1297, 250, 250))
     (tmp_path / "mine.yaml").write_text(CONFIG)
+    left = tmp_path / "out" / f"mine-{module.load_row(tmp_path / 'mine.yaml').digest[:8]}" / "seed_42"
+    left.mkdir(parents=True)
+    (left / "config.yaml").write_text("seed_everything: 1\n")  # by one that was killed in its first epoch
     assert digitnet("protocol", "mine.yaml", "--seeds", 2, "--output", "out") == 0
     runs = sorted((tmp_path / "out").glob("mine-*/seed_*"))
     assert [run.name for run in runs] == ["seed_42", "seed_43"]
@@ -82,6 +85,13 @@ def test_trains_each_seed_once_and_scores_its_last_epoch(
         assert result["mistakes"] == wrong
         assert result["num_parameters"] == 1_413_834
     assert results[0]["mistakes"] != results[1]["mistakes"]
+
+    # Killed after its last epoch, while last.ckpt was written by an older tool: the epoch before is gone on with.
+    last = runs[0] / "checkpoints" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:1000])
+    (runs[0] / "result.json").unlink()
+    assert digitnet("protocol", "mine.yaml", "--seeds", 1, "--output", "out") == 0
+    assert json.loads((runs[0] / "result.json").read_text())["mistakes"] == results[0]["mistakes"]
 
     before = {path: path.stat().st_mtime_ns for run in runs for path in run.rglob("*")}
     capsys.readouterr()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from digitnet.calibrate import predict
-from digitnet.checkpoints import find_run, load_net
+from digitnet.checkpoints import choose_resumable, find_run, load_net, verify_checkpoint
 from digitnet.cli import main
 from digitnet.data import MNISTDataModule
 from digitnet.machine import describe_hardware, list_versions
@@ -63,9 +64,11 @@ def train(flags: tuple[str, ...], seed: int, run: Path, num_epochs: int) -> None
     """Train one seed, or go on with it; no early stopping, so that every seed has the same schedule."""
     last = run / "checkpoints" / "last.ckpt"
     if last.is_file() and find_run(last):
-        if torch.load(last, map_location="cpu", weights_only=True)["epoch"] + 1 < num_epochs:
+        sound, _ = choose_resumable(last)
+        if sound != last or verify_checkpoint(last)["epoch"] + 1 < num_epochs:
             main(["fit", f"--ckpt_path={last}"])
         return
+    shutil.rmtree(run, ignore_errors=True)  # stopped in its first epoch
     place = {"save_dir": str(run.parent.parent), "name": run.parent.name, "version": run.name}
     logger = {
         "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
@@ -135,7 +138,9 @@ def load_result(path: Path) -> dict[str, Any]:
     """
     try:
         result: dict[str, Any] = json.loads(path.read_text())
-        [result[key] for key in ("seed", "mistakes", "mistakes_shifted", "train_s", "num_parameters", "epochs")]
+        for key in ("seed", "epochs", "num_parameters", "mistakes", "mistakes_shifted", "train_s", "hardware", "date"):
+            result[key]
+        result["versions"]["torch"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged; remove it, and the seed is scored again") from error
     return result
