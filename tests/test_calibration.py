@@ -11,7 +11,7 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from digitnet.calibrate import choose_threshold, fit_calibration, fit_temperature, measure_ece
-from digitnet.calibration import CalibratedNet, Calibration
+from digitnet.calibration import CalibratedNet, Calibration, Detector
 from digitnet.data import DigitDataset, Digits, load_bundled_digits
 from digitnet.model import DigitNet
 from digitnet.near_misses import blur, draw_letters, draw_noise, draw_polygons, draw_strokes, make_near_misses, place
@@ -92,6 +92,14 @@ def test_calibration_tells_digits_from_noise_and_is_the_same_each_time(
     assert share_of_digits(val.images) >= 0.98
     assert share_of_digits(torch.from_numpy(test.images)[:, None]) >= 0.9
     assert share_of_digits(draw_noise(200, torch.Generator().manual_seed(5))) <= 0.1
+
+
+def test_the_detectors_score_is_the_odds_of_its_eleventh_class() -> None:
+    images, detector = torch.rand(5, 1, 28, 28), Detector().eval()
+    with torch.no_grad():
+        probability = detector.classify(images).softmax(dim=1)[:, 10]
+        torch.testing.assert_close(detector(images), torch.log(probability / (1 - probability)))
+        torch.testing.assert_close(detector((images * 255).byte()), detector((images * 255).byte() / 255))
 
 
 def test_the_networks_doubt_counts_beside_the_detectors_score() -> None:

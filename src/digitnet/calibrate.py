@@ -20,9 +20,9 @@ from digitnet.model import Committee, DigitNet
 from digitnet.near_misses import blur, make_near_misses
 
 TARGET_ACCURACY = 0.999  # of the answers that are not called uncertain
-REJECTED = 0.0125  # share of the validation digits that are called no digit; fewer of the test digits, which are easier
-ENERGY_WEIGHT = 0.5
-NUM_EPOCHS, BATCH_SIZE, MAX_LR = 20, 128, 2e-3  # of the detector's training
+REJECTED = 0.01  # share of the validation digits that are called no digit; fewer of the test digits, which are easier
+ENERGY_WEIGHT = 0.3
+NUM_EPOCHS, BATCH_SIZE, MAX_LR = 15, 128, 2e-3  # of the detector's training
 
 
 def fit_calibration(
@@ -142,7 +142,7 @@ def fit_detector(images: Tensor, labels: Tensor, device: torch.device, generator
     precision, _ = choose_precision(device.type)
     digits = images.float() / 255
     pictures = torch.cat([digits, make_near_misses(digits, labels, generator, 2 * len(digits))])
-    targets = (torch.arange(len(pictures)) >= len(digits)).float()
+    targets = torch.cat([labels, labels.new_full((len(pictures) - len(digits),), 10)])
     batch_size = min(BATCH_SIZE, len(pictures))
     num_steps = len(pictures) // batch_size
     optimizer = torch.optim.AdamW(detector.parameters())
@@ -151,8 +151,8 @@ def fit_detector(images: Tensor, labels: Tensor, device: torch.device, generator
         for rows in torch.randperm(len(pictures), generator=generator).split(batch_size)[:num_steps]:
             batch = vary(pictures[rows], generator).to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
-                scores = detector(batch)
-            loss = F.binary_cross_entropy_with_logits(scores.float(), targets[rows].to(device))
+                logits = detector.classify(batch)
+            loss = F.cross_entropy(logits.float(), targets[rows].to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -128,14 +128,14 @@ class Calibrate(Callback):
     That is ``calibration``, the state of a Calibration, from which ``predict`` knows when to doubt.
 
     Args:
-        num_digits: how many training digits the detector of non-digits learns from; the default takes two to three
-            minutes on two cores, less of it less. 0 leaves the detector out, and everything is a digit.
+        num_digits: how many training digits the detector of non-digits learns from; the default takes three to
+            five minutes on two cores, less of it less. 0 leaves the detector out, and everything is a digit.
 
     Raises:
         ValueError: ``num_digits`` is negative.
     """
 
-    def __init__(self, num_digits: int = 12_000) -> None:
+    def __init__(self, num_digits: int = 24_000) -> None:
         if num_digits < 0:
             raise ValueError(f"calibration.num_digits is {num_digits}; it is a number of digits, or 0 for no detector")
         self.num_digits = num_digits
