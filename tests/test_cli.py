@@ -231,12 +231,15 @@ def test_same_seed_same_weights_after_200_steps(digitnet: Run, tmp_path: Path) -
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-@pytest.mark.parametrize("killed_in_epoch", [1, 2])
+@pytest.mark.parametrize(
+    ("killed_in_epoch", "more"), [(1, ()), (2, ()), (2, ("--model.selection", "digitnet.HardExamples"))]
+)
 def test_killed_and_resumed_is_as_if_never_killed(
-    digitnet: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_in_epoch: int
+    digitnet: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_in_epoch: int, more: tuple[str, ...]
 ) -> None:
     save_dir = tmp_path / "logs"  # not the default: the checkpoints' own record of their folder must hold
     flags = ("fit", "--config", QUICKSTART, *SHORT, "--trainer.max_epochs", 4, "--trainer.logger.save_dir", save_dir)
+    flags = (*flags, *more)
     assert digitnet(*flags) == 0
     step = DigitClassifier.training_step
 

@@ -9,13 +9,23 @@ if TYPE_CHECKING:
     from digitnet.data import MNISTDataModule, fetch_digits
     from digitnet.disturb import RandomDisturbance
     from digitnet.model import DigitNet
+    from digitnet.selection import HardExamples
 
 __version__ = "0.1.0"
-__all__ = ["DigitClassifier", "DigitNet", "MNISTDataModule", "RandomAffine", "RandomDisturbance", "fetch_digits"]
+__all__ = [
+    "DigitClassifier",
+    "DigitNet",
+    "HardExamples",
+    "MNISTDataModule",
+    "RandomAffine",
+    "RandomDisturbance",
+    "fetch_digits",
+]
 
 _HOMES = {
     "DigitClassifier": "classifier",
     "DigitNet": "model",
+    "HardExamples": "selection",
     "MNISTDataModule": "data",
     "RandomAffine": "augment",
     "RandomDisturbance": "disturb",

@@ -15,6 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from digitnet.checkpoints import make_net
 from digitnet.model import Committee, DigitNet
+from digitnet.selection import HardExamples
 
 Batch = tuple[Tensor, Tensor]
 
@@ -31,6 +32,8 @@ class DigitClassifier(L.LightningModule):
         optimizer: any torch optimizer, by class path or name; its arguments follow as ``init_args``.
         lr_scheduler: any torch learning-rate schedule, stepped once an epoch (OneCycleLR and CyclicLR: once a step);
             none by default.
+        selection: picks from each training batch, augmented as it is, what is trained on, such as
+            digitnet.HardExamples; the loss and accuracy in training are then of those. All of it by default.
         channels_last: keep the weights in channels-last memory format, which the images then follow. By default, where
             it is the faster one: on CPU and CUDA.
     """
@@ -42,13 +45,15 @@ class DigitClassifier(L.LightningModule):
         # A lambda, because the command line can read its defaults back; epsilon is Keras', PyTorch's is 1e-8.
         optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=1e-3, eps=1e-7, fused=True),
         lr_scheduler: LRSchedulerCallable | None = None,
+        selection: HardExamples | None = None,
         channels_last: bool | None = None,
     ) -> None:
         super().__init__()
-        # Functions cannot be stored in a checkpoint that is safe to load; the run's config.yaml names both.
-        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
+        # Functions and objects cannot be stored in a checkpoint that is safe to load; the run's config.yaml names them.
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "selection"])
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
+        self.selection = selection
         self.channels_last = channels_last
         self.net: DigitNet | Committee = DigitNet(dropout=dropout, conv_dropout=conv_dropout)
         self.metrics = nn.ModuleDict()
@@ -60,7 +65,13 @@ class DigitClassifier(L.LightningModule):
         """Logits (B, 10) of images (B, 1, 28, 28), uint8 in [0, 255] or float in [0, 1]."""
         return self.net(images)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.selection is not None:
+            checkpoint["selection"] = self.selection.state_dict()
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.selection is not None and "selection" in checkpoint:
+            self.selection.load_state_dict(checkpoint["selection"])
         net = make_net(checkpoint)
         if isinstance(net, Committee):  # trained apart, scored together
             self.net = net
@@ -73,6 +84,8 @@ class DigitClassifier(L.LightningModule):
         self.net.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        if self.selection is not None:
+            batch = self.selection(*batch)
         loss, _ = self._score("train", batch)
         return loss
 
