@@ -20,8 +20,8 @@ from digitnet.model import Committee, DigitNet
 from digitnet.near_misses import blur, make_near_misses
 
 TARGET_ACCURACY = 0.999  # of the answers that are not called uncertain
-REJECTED = 0.01  # share of the validation digits that are called no digit; fewer of the test digits, which are easier
-ENERGY_WEIGHT = 0.3
+REJECTED = 0.0075  # share of the validation digits that are called no digit; fewer of the test digits, which are easier
+ENERGY_WEIGHT = 0.2
 NUM_EPOCHS, BATCH_SIZE, MAX_LR = 15, 128, 2e-3  # of the detector's training
 
 

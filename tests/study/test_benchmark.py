@@ -32,6 +32,16 @@ def test_a_short_benchmark_of_the_real_fit(digitnet: Run, tmp_path: Path, capsys
     assert not (tmp_path / "lightning_logs").exists()  # it leaves no run behind
 
 
+def test_a_selection_is_timed_as_part_of_the_step(digitnet: Run, tmp_path: Path) -> None:
+    config = QUICKSTART.read_text().replace("model:", "model:\n  selection: {class_path: digitnet.HardExamples}")
+    Path("chosen.yaml").write_text(config)
+    assert digitnet("benchmark", "--config", "chosen.yaml", "--steps", 2, "--rounds", 1, "--output", "speed.json") == 0
+    result = json.loads((tmp_path / "speed.json").read_text())
+    kept = 2 * (2 * CONV1 + 3 * REST) / 4  # of four images, one
+    assert kept < result["flop_per_image"] < 1.15 * kept
+    assert result["step_ms"]["selection"] > 0.05
+
+
 def test_tables_of_known_figures() -> None:
     result: dict[str, Any] = {
         "images_per_s": {FIT: [90, 100, 80], STEPS: [100, 110, 90], PLAIN: [125, 110, 100], KERAS: [30, 25, 20]},

@@ -37,7 +37,7 @@ from digitnet.machine import describe_hardware, list_versions
 from digitnet.study.page import write_file
 
 COMPLAINTS = "keras.stderr"
-PARTS = ("data", "augmentation", "forward", "backward", "optimizer")
+PARTS = ("data", "augmentation", "selection", "forward", "backward", "optimizer")
 FIT, STEPS, PLAIN, KERAS = "fit, whole epochs", "fit, steps alone", "plain PyTorch, steps alone", "Keras, whole epochs"
 
 
@@ -136,6 +136,8 @@ class Turns(Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(pl_module, DigitClassifier)
         self.plain = PlainLoop(pl_module, data, str(trainer.precision))
+        if pl_module.selection is not None:
+            self.keras_python = None  # Keras would train on all of each batch: another recipe
         self.keras = start_keras(self.keras_python, data, self.steps, self.folder) if self.keras_python else None
         if self.keras:
             self.seconds[KERAS] = []
@@ -181,7 +183,7 @@ class PlainLoop:
         self.device, self.batch_size = module.device, data.batch_size
         self.dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float32
         self.dataset, self.augmentation = data.datasets[0], data.augmentation
-        self.net = copy.deepcopy(module.net)
+        self.net, self.selection = copy.deepcopy((module.net, module.selection))
         self.optimizer = module.optimizer(self.net.parameters())
 
     def train(self, steps: int, mark: Callable[[str], None] = lambda part: None) -> float:
@@ -199,6 +201,9 @@ class PlainLoop:
             if self.augmentation is not None:
                 images = self.augmentation(images)
             mark("augmentation")
+            if self.selection is not None:
+                images, labels = self.selection(images, labels)
+            mark("selection")
             loss = self.compute_loss(images, labels)
             mark("forward")
             self.optimizer.zero_grad()
@@ -231,6 +236,8 @@ class PlainLoop:
             part[: self.batch_size].to(self.device) for part in (self.dataset.images, self.dataset.labels)
         )
         with FlopCounterMode(display=False) as counter:
+            if self.selection is not None:
+                images, labels = self.selection(images, labels)
             self.compute_loss(images, labels).backward()
         return {
             "step_ms": {part: median(values) for part, values in times.items()},
