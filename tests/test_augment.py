@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from digitnet.augment import RandomAffine, affine
+from digitnet.augment import RandomAffine, RandomWarp, affine
 from digitnet.data import Digits
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -116,6 +116,34 @@ def test_both_are_keras_layers_in_sequence(digits: Tensor) -> None:
     assert (found - expected).abs().mean() < 2.5
 
 
+def test_positive_shear_leans_tops_to_the_right() -> None:
+    image = torch.zeros(1, 1, 7, 7)
+    image[..., 3] = 1  # an upright line
+    leaning = affine(image, torch.zeros(1), torch.zeros(1, 2), shear=torch.tensor([1.0]))
+    assert leaning[0, 0].round().nonzero().tolist() == [[row, 6 - row] for row in range(7)]
+
+
+@pytest.mark.parametrize("height", [7, 5])
+def test_shear_keeps_its_angle_on_oblong_images(height: int) -> None:
+    image = torch.zeros(1, 1, height, 9)
+    image[..., 4] = 1
+    leaning = affine(image, torch.zeros(1), torch.zeros(1, 2), shear=torch.tensor([1.0]))
+    middle = height // 2
+    assert leaning[0, 0].round().nonzero().tolist() == [[row, 4 + middle - row] for row in range(height)]
+
+
+def test_bend_fetches_each_pixel_from_where_it_says() -> None:
+    image = torch.arange(12.0).reshape(1, 1, 3, 4)
+    bend = torch.zeros(1, 3, 4, 2)
+    bend[0, 0, 0] = torch.tensor([2.0, 1.0])  # to the right, down
+    bend[0, 2, 3] = torch.tensor([-0.5, 0.0])
+    bent = affine(image, torch.zeros(1), torch.zeros(1, 2), bend=bend)
+    expected = image.clone()
+    expected[0, 0, 0, 0] = image[0, 0, 1, 2]
+    expected[0, 0, 2, 3] = 10.5
+    torch.testing.assert_close(bent, expected)
+
+
 # --- what is drawn ----------------------------------------------------------------------------------------------------
 
 
@@ -137,6 +165,41 @@ def test_draws_are_uniform_and_independent() -> None:
     quarters = torch.stack([draw.histc(4, min=-1, max=1) for draw in draws]) / 10_000
     torch.testing.assert_close(quarters, torch.full((3, 4), 0.25), rtol=0, atol=0.02)  # 4.6 standard deviations
     torch.testing.assert_close(draws.corrcoef(), torch.eye(3), rtol=0, atol=0.04)  # 4 standard deviations
+
+
+def test_warp_draws_as_strong_as_asked_and_smoothly() -> None:
+    torch.manual_seed(0)
+    params = RandomWarp(shear_deg=20, elastic_px=1.5).make_params([torch.zeros(5_000, 1, 28, 28)])
+    angle = params["shear"].atan() * (180 / torch.pi)
+    assert angle.abs().max() <= 20 + 1e-4
+    assert angle.std() == pytest.approx(20 / 3**0.5, rel=0.03)
+    bend = params["bend"]
+    assert bend.shape == (5_000, 28, 28, 2)
+    corners = bend[:, [0, 0, -1, -1], [0, -1, 0, -1]]  # nodes of the lattice, (5000, 4, 2)
+    assert corners.std() == pytest.approx(1.5, rel=0.03)
+    torch.testing.assert_close(corners.flatten(1).T.corrcoef(), torch.eye(8), rtol=0, atol=0.06)
+    assert bend.diff(dim=1).std() < 0.25 * bend.std()  # neighbours move alike: no image is torn
+    moved = params["bend"].mean(dim=(0, 1, 2))
+    assert moved.abs().max() < 0.05
+
+
+def test_warp_without_slant_and_bending_is_the_affine(digits: Tensor) -> None:
+    images = digits[:64].float()
+    results = []
+    for augment in (RandomAffine(10, 0.05, 0.1), RandomWarp(10, 0.05, 0.1, shear_deg=0, elastic_px=0)):
+        torch.manual_seed(0)
+        results.append(augment(images))
+    assert torch.equal(*results)
+    assert torch.equal(RandomWarp(0, 0, 0, 0, 0)(images), images)
+    warped = RandomWarp(0, 0, 0, 0, elastic_px=1)(images)
+    assert len(RandomWarp(0, 0, 0, 0, elastic_px=1)(images[:1].expand(8, -1, -1, -1)).unique(dim=0)) == 8
+    assert 0 < (warped - images).abs().mean() < 40
+
+
+@pytest.mark.parametrize(("argument", "value"), [("shear_deg", 61), ("shear_deg", -1), ("elastic_px", -0.1)])
+def test_warp_out_of_range_is_refused(argument: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{argument} is {value}"):
+        RandomWarp(**{argument: value})
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from digitnet.augment import RandomAffine
+    from digitnet.augment import RandomAffine, RandomWarp
     from digitnet.classifier import DigitClassifier
     from digitnet.data import MNISTDataModule, fetch_digits
     from digitnet.disturb import RandomDisturbance
@@ -19,6 +19,7 @@ __all__ = [
     "MNISTDataModule",
     "RandomAffine",
     "RandomDisturbance",
+    "RandomWarp",
     "fetch_digits",
 ]
 
@@ -29,6 +30,7 @@ _HOMES = {
     "MNISTDataModule": "data",
     "RandomAffine": "augment",
     "RandomDisturbance": "disturb",
+    "RandomWarp": "augment",
     "fetch_digits": "data",
 }
 

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from digitnet.winograd import Conv3x3
+
 
 class DigitNet(nn.Module):
     """Five convolutions and three dense layers: 28x28 pixels in, ten logits out, 1,413,834 parameters.
@@ -34,10 +36,10 @@ class DigitNet(nn.Module):
             if not 0 <= value < 1:
                 raise ValueError(f"{name} is {value}; it is a probability and must lie in [0, 1)")
         self.conv1 = nn.Conv2d(1, 64, kernel_size=7, padding=3)
-        self.conv2 = nn.Conv2d(64, 128, kernel_size=3, padding=1)
-        self.conv3 = nn.Conv2d(128, 128, kernel_size=3, padding=1)
-        self.conv4 = nn.Conv2d(128, 256, kernel_size=3, padding=1)
-        self.conv5 = nn.Conv2d(256, 256, kernel_size=3, padding=1)
+        self.conv2 = Conv3x3(64, 128)
+        self.conv3 = Conv3x3(128, 128, pooled=True)
+        self.conv4 = Conv3x3(128, 256)
+        self.conv5 = Conv3x3(256, 256, pooled=True)
         self.fc1 = nn.Linear(256 * 3 * 3, 128)
         self.fc2 = nn.Linear(128, 64)
         self.fc3 = nn.Linear(64, 10)

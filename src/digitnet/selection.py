@@ -10,22 +10,21 @@ from torch import Tensor, nn
 
 
 class Proxy(nn.Module):
-    """A small network that says which digits are hard: 23,258 parameters, 2 % of DigitNet's arithmetic."""
+    """A small network that says which digits are hard: 19,386 parameters, less than 1 % of DigitNet's arithmetic."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(1, 16, kernel_size=5, padding=2)
-        self.conv2 = nn.Conv2d(16, 32, kernel_size=3, padding=1)
-        self.conv3 = nn.Conv2d(32, 48, kernel_size=3, padding=1)
+        self.conv1 = nn.Conv2d(1, 32, kernel_size=6, stride=4, padding=1)
+        self.conv2 = nn.Conv2d(32, 48, kernel_size=3, padding=1)
         self.fc = nn.Linear(48 * 3 * 3, 10)
         self.pool = nn.MaxPool2d(2)
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, 10) of images (B, 1, 28, 28), uint8 in [0, 255] or floating point in [0, 1]."""
         x = images.float() / 255 if images.dtype == torch.uint8 else images  # (B, 1, 28, 28)
-        x = F.relu(self.pool(self.conv1(x)))  # (B, 16, 14, 14)
-        x = F.relu(self.pool(self.conv2(x)))  # (B, 32, 7, 7)
-        x = F.relu(self.pool(self.conv3(x)))  # (B, 48, 3, 3)
+        x = F.relu(self.conv1(x))  # (B, 32, 7, 7)
+        x = F.relu(self.pool(self.conv2(x)))  # (B, 48, 3, 3)
         return self.fc(x.flatten(1))
 
 
@@ -33,7 +32,7 @@ class HardExamples:
     """Keeps the part of each batch that is worth a training step of the large network.
 
     After a minute of training most digits teach nothing any more. A small network, trained on every example as it comes
-    by, finds those that still do at a fiftieth of the cost; the large one is trained on these, and on a few of
+    by, finds those that still do at a fraction of the cost; the large one is trained on these, and on a few of
     the others so that it does not forget what is easy. What is hard for the small one is hard for the large one, too.
 
     Each process of a distributed run has a small network of its own.
@@ -61,7 +60,7 @@ class HardExamples:
         self.keep_frac = keep_frac
         self.hard_frac = hard_frac
         self.proxy = Proxy()
-        self.optimizer = torch.optim.AdamW(self.proxy.parameters(), lr=lr)
+        self.optimizer = torch.optim.AdamW(self.proxy.parameters(), lr=lr, fused=True)
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Train the small network on a batch, and pick from it what the large one shall be trained on.
