@@ -198,6 +198,22 @@ def test_digits_means_and_augmentation_draw_their_images() -> None:
     np.testing.assert_array_equal(drawn, IMAGES[[0, 2, 3, 4, 1, 5, 6, 7]])
 
 
+TRADEOFF = {"ours": [(30.0, 40.0, 3.0), (60.0, 30.0, 0.0), (500.0, 25.0, 2.0)], "theirs": [(300.0, 90.0, 0.0)]}
+
+
+def test_tradeoff_draws_each_point_and_record() -> None:
+    figure = figures.draw_tradeoff(TRADEOFF, {"a record": 26}, "Title", "mistakes in 10,000")
+    axes = figure.axes[0]
+    ours, theirs = axes.containers
+    assert ours.get_label() == "ours"
+    np.testing.assert_allclose(ours.lines[0].get_xydata(), [point[:2] for point in TRADEOFF["ours"]])
+    bars = [segment[:, 1].tolist() for segment in ours.lines[2][0].get_segments() if len(segment)]
+    assert bars == [[37, 43], [23, 27]]  # a point of a single run has none
+    np.testing.assert_allclose(theirs.lines[0].get_xydata(), [[300, 90]])
+    assert "a record" in texts(figure)
+    assert axes.get_ylabel() == "mistakes in 10,000"
+
+
 # --- how it looks -----------------------------------------------------------------------------------------------------
 
 EVERY_FIGURE: dict[str, Callable[[], Figure]] = {
@@ -218,6 +234,7 @@ EVERY_FIGURE: dict[str, Callable[[], Figure]] = {
     "least sure": lambda: figures.draw_least_sure(IMAGES, LABELS, predict_with(200), CONFIDENCES),
     "class scores": lambda: figures.draw_class_scores(*RNG.uniform(0.99, 1, (3, 10))),
     "perfect class scores": lambda: figures.draw_class_scores(*np.ones((3, 10))),
+    "tradeoff": lambda: figures.draw_tradeoff(TRADEOFF, {"a record": 26, "another, far above it": 60}, "Title", "unit"),
     "reliability": lambda: figures.draw_reliability(CONFIDENCES, np.equal(LABELS, predict_with(90))),
 }
 

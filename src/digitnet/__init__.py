@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from digitnet.augment import RandomAffine, RandomWarp
     from digitnet.classifier import DigitClassifier
     from digitnet.data import MNISTDataModule, fetch_digits
+    from digitnet.distillation import Teacher
     from digitnet.disturb import RandomDisturbance
     from digitnet.model import DigitNet
     from digitnet.selection import HardExamples
@@ -20,6 +21,7 @@ __all__ = [
     "RandomAffine",
     "RandomDisturbance",
     "RandomWarp",
+    "Teacher",
     "fetch_digits",
 ]
 
@@ -31,6 +33,7 @@ _HOMES = {
     "RandomAffine": "augment",
     "RandomDisturbance": "disturb",
     "RandomWarp": "augment",
+    "Teacher": "distillation",
     "fetch_digits": "data",
 }
 

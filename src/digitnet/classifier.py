@@ -14,6 +14,7 @@ from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from digitnet.checkpoints import make_net
+from digitnet.distillation import Teacher
 from digitnet.model import Committee, DigitNet
 from digitnet.selection import HardExamples
 
@@ -34,6 +35,8 @@ class DigitClassifier(L.LightningModule):
             none by default.
         selection: picks from each training batch, augmented as it is, what is trained on, such as
             digitnet.HardExamples; the loss and accuracy in training are then of those. All of it by default.
+        teacher: gives what to train towards in place of the labels, such as digitnet.Teacher; the loss in training is
+            then towards that. The labels by default.
         channels_last: keep the weights in channels-last memory format, which the images then follow. By default, where
             it is the faster one: on CPU and CUDA.
     """
@@ -46,14 +49,16 @@ class DigitClassifier(L.LightningModule):
         optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=1e-3, eps=1e-7, fused=True),
         lr_scheduler: LRSchedulerCallable | None = None,
         selection: HardExamples | None = None,
+        teacher: Teacher | None = None,
         channels_last: bool | None = None,
     ) -> None:
         super().__init__()
         # Functions and objects cannot be stored in a checkpoint that is safe to load; the run's config.yaml names them.
-        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "selection"])
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "selection", "teacher"])
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.selection = selection
+        self.teacher = teacher
         self.channels_last = channels_last
         self.net: DigitNet | Committee = DigitNet(dropout=dropout, conv_dropout=conv_dropout)
         self.metrics = nn.ModuleDict()
@@ -86,7 +91,8 @@ class DigitClassifier(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         if self.selection is not None:
             batch = self.selection(*batch)
-        loss, _ = self._score("train", batch)
+        targets = None if self.teacher is None else self.teacher(*batch)
+        loss, _ = self._score("train", batch, targets)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -95,11 +101,14 @@ class DigitClassifier(L.LightningModule):
     def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
         return self._score("test", batch)[1]
 
-    def _score(self, stage: str, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Update the stage's metrics; return the mean loss, a scalar, and the logits (B, 10) in float32."""
+    def _score(self, stage: str, batch: Batch, targets: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Update the stage's metrics; return the mean loss, a scalar, and the logits (B, 10) in float32.
+
+        The loss is towards ``targets``, probabilities (B, 10), where they are given; else towards the labels.
+        """
         images, labels = batch
         logits = self(images).float()  # the loss in full precision, whatever the network computed in
-        losses = F.cross_entropy(logits, labels, reduction="none")  # (B,)
+        losses = F.cross_entropy(logits, labels if targets is None else targets, reduction="none")  # (B,)
         self.get_metric(f"{stage}/loss").update(losses.detach())
         self.get_metric(f"{stage}/acc").update(logits.detach(), labels)
         return losses.mean(), logits

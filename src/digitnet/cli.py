@@ -183,6 +183,7 @@ class DigitCLI(LightningCLI):
             config.trainer.logger = config.trainer.fast_dev_run = False
             config.trainer.limit_val_batches = config.trainer.limit_test_batches = None
             self.save_config_callback = None
+            config.model.teacher = None  # it has taught; its file may be gone
             return
         for key in ("early_stopping", "best_checkpoint"):
             if config[key].monitor not in METRICS:

@@ -469,6 +469,47 @@ def draw_corruptions(examples: Mapping[str, Array]) -> Figure:
 # --- how they are drawn -----------------------------------------------------------------------------------------------
 
 
+def draw_tradeoff(
+    curves: Mapping[str, Sequence[tuple[float, float, float]]], records: Mapping[str, float], title: str, unit: str
+) -> Figure:
+    """Mistakes against seconds of training, both on logarithmic scales.
+
+    Args:
+        curves: name -> points: seconds, mistakes, and the standard deviation of the mistakes (0 draws none). The first
+            curves are ours, the last one is what they stand beside.
+        records: name -> mistakes of networks whose training time is not known: lines across.
+        title: of the figure.
+        unit: what the mistakes are counted in.
+    """
+    figure = _figure(WIDTH_IN, 3.9, title)
+    axes = figure.subplots()
+    markers = ("o", "s", "^", "v")
+    for i, (name, points) in enumerate(curves.items()):
+        seconds, mistakes, spread = (np.array(each) for each in zip(*points, strict=True))
+        last = i == len(curves) - 1 and i > 0
+        color = VERMILION if last else BLUE
+        style: dict[str, Any] = {"marker": markers[i % len(markers)], "color": color, "linewidth": 1.2, "markersize": 5}
+        axes.errorbar(seconds, mistakes, yerr=np.where(spread > 0, spread, np.nan), label=name, capsize=3, **style)
+    for name, count in records.items():
+        axes.axhline(count, color=GREY, linewidth=0.8, linestyle="--")
+        axes.text(
+            0.99, count, name, transform=axes.get_yaxis_transform(), fontsize=8, color=GREY, ha="right", va="bottom"
+        )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        low, high = axis.get_view_interval()
+        ticks = [step * 10**power for power in range(5) for step in (1, 2, 5)]
+        axis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.set_xlabel("seconds of training")
+    axes.set_ylabel(unit)
+    _plain(axes)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    return figure
+
+
 def render(figure: Figure, form: Literal["png", "svg"] = "png", dpi: int = 160) -> bytes:
     """The figure as the bytes of a PNG or an SVG file, the same on every call."""
     buffer = io.BytesIO()

@@ -1,0 +1,49 @@
+"""Training one network towards the answers of others: a committee's accuracy at one network's price."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from digitnet.checkpoints import load_net
+
+
+class Teacher:
+    """A trained checkpoint, whose probabilities stand in for the labels in training.
+
+    It sees the same augmented images as the network that is trained, and says more of each than its label: that this 4
+    might be a 9, or that its label is wrong.
+
+    Source: Hinton, Vinyals and Dean 2015, Distilling the Knowledge in a Neural Network, arXiv 1503.02531; differs from
+    it: temperature 1, as the answers of a committee on augmented images are soft by themselves.
+
+    Args:
+        checkpoint: a best.ckpt, a last.ckpt, or what ``committee`` writes.
+        label_frac: share of the true label in what is taught, in [0, 1]; the teacher's answer is the rest.
+
+    Raises:
+        ValueError: the checkpoint cannot be used, or ``label_frac`` lies outside its range.
+    """
+
+    def __init__(self, checkpoint: Path, label_frac: float = 0.5) -> None:
+        if not 0 <= label_frac <= 1:
+            raise ValueError(f"label_frac is {label_frac}; it is the share of the true label, from 0 to 1")
+        self.label_frac = label_frac
+        self.net = load_net(Path(checkpoint))[0].to(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        """What to teach.
+
+        Args:
+            images: (B, 1, 28, 28), uint8 in [0, 255] or floating point in [0, 1].
+            labels: (B,) int64.
+
+        Returns:
+            Probabilities (B, 10), float32.
+        """
+        answers = self.net.to(images.device)(images).float().softmax(dim=1)
+        return torch.lerp(answers, F.one_hot(labels, 10).float(), self.label_frac)

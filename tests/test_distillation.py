@@ -1,0 +1,75 @@
+"""Teacher against probabilities worked out by hand, and a real training towards it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import QUICKSTART, Run
+
+from digitnet import DigitClassifier, DigitNet, Teacher
+from digitnet.checkpoints import save_checkpoint
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    state = {f"net.{name}": weight for name, weight in DigitNet().state_dict().items()}
+    path = tmp_path / "teacher.ckpt"
+    save_checkpoint({"state_dict": state, "pytorch-lightning_version": "2.6.6"}, path)
+    return path
+
+
+@pytest.mark.parametrize("label_frac", [0.0, 0.25, 1.0])
+def test_teaches_a_mixture_of_its_answer_and_the_label(checkpoint: Path, label_frac: float) -> None:
+    net = DigitNet().eval()
+    net.load_state_dict(
+        {name.removeprefix("net."): weight for name, weight in torch.load(checkpoint)["state_dict"].items()}
+    )
+    images, labels = torch.rand(4, 1, 28, 28), torch.tensor([3, 1, 4, 1])
+    with torch.no_grad():
+        expected = (1 - label_frac) * net(images).softmax(dim=1)
+    expected[range(4), labels] += label_frac
+    found = Teacher(checkpoint, label_frac)(images, labels)
+    assert not found.requires_grad
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_loss_is_towards_the_teacher_and_the_accuracy_of_the_labels(checkpoint: Path) -> None:
+    teacher = Teacher(checkpoint, label_frac=0.0)
+    module = DigitClassifier(dropout=0.0, teacher=teacher).eval()
+    images, labels = torch.rand(8, 1, 28, 28), torch.arange(8)
+    loss = module.training_step((images, labels), 0)
+    logits = module(images).detach()
+    expected = -(teacher(images, labels) * logits.log_softmax(dim=1)).sum(dim=1).mean()
+    torch.testing.assert_close(loss.detach(), expected)
+    accuracy = (logits.argmax(dim=1) == labels).float().mean()
+    torch.testing.assert_close(module.get_metric("train/acc").compute(), accuracy)
+    assert not [name for name in module.state_dict() if "teacher" in name]  # it is no part of what is trained
+    validation = module.validation_step((images, labels), 0)
+    assert torch.equal(validation, logits)
+    torch.testing.assert_close(
+        module.get_metric("val/loss").compute(), torch.nn.functional.cross_entropy(logits, labels)
+    )
+
+
+def test_fit_with_a_teacher_and_test_without_it(digitnet: Run, checkpoint: Path, tmp_path: Path) -> None:
+    flags = ("--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--calibration.num_digits=0")
+    teacher = ("--model.teacher=digitnet.Teacher", f"--model.teacher.checkpoint={checkpoint}")
+    assert digitnet("fit", "--config", QUICKSTART, *flags, *teacher) == 0
+    checkpoint.unlink()
+    assert digitnet("test") == 0
+
+
+@pytest.mark.parametrize("label_frac", [-0.1, 1.1, float("nan")])
+def test_a_share_out_of_range_is_refused(checkpoint: Path, label_frac: float) -> None:
+    with pytest.raises(ValueError, match=f"label_frac is {label_frac}"):
+        Teacher(checkpoint, label_frac)
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(digitnet: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("rubbish.ckpt").write_bytes(b"rubbish")
+    teacher = ("--model.teacher=digitnet.Teacher", "--model.teacher.checkpoint=rubbish.ckpt")
+    assert digitnet("fit", "--config", QUICKSTART, *teacher) == 1
+    assert "rubbish.ckpt is not a checkpoint" in capsys.readouterr().err.splitlines()[-1]
