@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,3 +42,28 @@ def test_bfloat16_only_where_it_is_native(
     precision, reason = machine.choose_precision(accelerator)
     assert precision == expected
     assert reason
+
+
+FAULTS = """
+import resource
+import torch
+from digitnet.machine import keep_freed_memory
+{}
+torch.ones(4_000_000)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    torch.ones(4_000_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
+def test_freed_memory_is_kept_for_the_next_step() -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "THP_"))}
+    faults = []
+    for call in ("", "keep_freed_memory()"):
+        command = [sys.executable, "-c", FAULTS.format(call)]
+        run = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+        faults.append(int(run.stdout))
+    assert faults[0] > 10 * 16_000_000 / 65_536  # at the least, with pages of 64 KiB
+    assert faults[1] < faults[0] / 20

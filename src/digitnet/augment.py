@@ -144,11 +144,11 @@ class RandomWarp(RandomAffine):
 
     def __init__(
         self,
-        rotation_deg: float = 10.0,
-        shift_frac: float = 0.06,
-        scale_frac: float = 0.1,
-        shear_deg: float = 6.0,
-        elastic_px: float = 0.7,
+        rotation_deg: float = 8.0,
+        shift_frac: float = 0.05,
+        scale_frac: float = 0.08,
+        shear_deg: float = 4.0,
+        elastic_px: float = 0.35,
     ) -> None:
         super().__init__(rotation_deg, shift_frac, scale_frac)
         if not 0 <= shear_deg <= 60:

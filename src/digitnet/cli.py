@@ -51,7 +51,7 @@ from digitnet.classifier import DigitClassifier
 from digitnet.data import MNISTDataModule
 from digitnet.errors import OneLineErrors, nearest_name
 from digitnet.imports import limit_imports
-from digitnet.machine import choose_precision
+from digitnet.machine import choose_precision, keep_freed_memory
 from digitnet.pictures import Pictures
 from digitnet.scores import WriteScores
 
@@ -368,6 +368,7 @@ def main(args: list[str]) -> DigitCLI:
     """
     hide_noise()
     limit_imports()
+    keep_freed_memory()
     try:
         return DigitCLI(args)
     except MisconfigurationException as error:

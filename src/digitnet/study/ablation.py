@@ -190,14 +190,24 @@ def pick_jobs(tables: list[Table], seeds: int, shard: str = "1/1") -> list[tuple
     Raises:
         ValueError: there is no such part, or less than no seeds.
     """
-    match = re.fullmatch(r"(\d+)/(\d+)", shard)
-    if not match or not 1 <= int(match[1]) <= int(match[2]):
-        raise ValueError(f'shard is "{shard}"; it must be i/n with i from 1 to n, such as 2/3 for the second of three')
+    mine = parse_shard(shard)
     if seeds < 0:
         raise ValueError(f"seeds is {seeds}; it is how many, or 0 to write the tables only")
     rows = {row.digest: row for table in tables for row in table.rows}  # one that stands in two tables once
     jobs = [(row, seed) for seed in range(FIRST_SEED, FIRST_SEED + seeds) for row in rows.values()]
-    return jobs[int(match[1]) - 1 :: int(match[2])]
+    return jobs[mine]
+
+
+def parse_shard(shard: str) -> slice:
+    """Of "i/n": every n-th item of a list, from the i-th on.
+
+    Raises:
+        ValueError: there is no such part.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", shard)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise ValueError(f'shard is "{shard}"; it must be i/n with i from 1 to n, such as 2/3 for the second of three')
+    return slice(int(match[1]) - 1, None, int(match[2]))
 
 
 def resolve(row: Row) -> dict[str, Any]:

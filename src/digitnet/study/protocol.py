@@ -18,7 +18,7 @@ from digitnet.cli import main
 from digitnet.data import MNISTDataModule
 from digitnet.machine import describe_hardware, list_versions
 from digitnet.model import Committee, DigitNet
-from digitnet.study.ablation import FIRST_SEED, load_row, measure_seconds, resolve
+from digitnet.study.ablation import FIRST_SEED, load_row, measure_seconds, parse_shard, resolve
 from digitnet.study.page import write_file
 from digitnet.study.report import KNOWN_WRONG
 
@@ -26,7 +26,7 @@ SPLIT = (60_000, 5_000, 5_000)  # all training images; the 10,000 test images in
 SHIFTS = [(0, 0), (1, 0), (-1, 0), (0, 1), (0, -1)]  # of the image, in pixels down and to the right
 
 
-def protocol(config: Path, seeds: int = 5, output: Path = Path("lightning_logs/protocol")) -> None:
+def protocol(config: Path, seeds: int = 5, shard: str = "1/1", output: Path = Path("lightning_logs/protocol")) -> None:
     """Train a recipe on all 60,000 training images and score its last epoch once per seed; a table for the record.
 
     See docs/protocol.md. Nothing is chosen here: choose a recipe on a hold-out of the training images before. Stop it
@@ -35,6 +35,7 @@ def protocol(config: Path, seeds: int = 5, output: Path = Path("lightning_logs/p
     Args:
         config: a config of fit whose schedule ends by itself, such as configs/fast.yaml.
         seeds: how many: 42, 43, and so on.
+        shard: i/n trains the i-th of n parts of the seeds, for several calls at once; the table has all that are done.
         output: where the runs and the table, <config>.md, are kept.
 
     Raises:
@@ -47,17 +48,22 @@ def protocol(config: Path, seeds: int = 5, output: Path = Path("lightning_logs/p
     settings = resolve(row)
     num_epochs = int(settings["trainer"]["max_epochs"] or 0)
     data = {key: settings["data"][key] for key in ("source", "data_dir")}
-    results = []
-    for seed in range(FIRST_SEED, FIRST_SEED + seeds):
-        run = output / f"{config.stem}-{row.digest[:8]}" / f"seed_{seed}"
+    mine, table = parse_shard(shard), f"no seed of {seeds} is in part {shard}"
+    runs = {
+        seed: output / f"{config.stem}-{row.digest[:8]}" / f"seed_{seed}"
+        for seed in range(FIRST_SEED, FIRST_SEED + seeds)
+    }
+    for seed, run in list(runs.items())[mine]:
         if not (run / "result.json").is_file():
             print(f"[{seed - FIRST_SEED + 1}/{seeds}] {config.stem}, seed {seed}", flush=True)
             train(row.flags, seed, run, num_epochs)
             result = score(run, seed, num_epochs, MNISTDataModule(**data, split=SPLIT))
             write_file(run / "result.json", (json.dumps(result, indent=2) + "\n").encode())
-        results.append(load_result(run / "result.json"))
-        write_file(output / f"{config.stem}.md", render_table(config, results).encode())
-    print(render_table(config, results))
+        paths = [other / "result.json" for other in runs.values()]  # of the other parts, too
+        results = [load_result(path) for path in paths if path.is_file()]
+        table = render_table(config, results)
+        write_file(output / f"{config.stem}.md", table.encode())
+    print(table)
 
 
 def train(flags: tuple[str, ...], seed: int, run: Path, num_epochs: int) -> None:
