@@ -49,7 +49,8 @@ import resource
 import torch
 from digitnet.machine import keep_freed_memory
 {}
-torch.ones(4_000_000)
+for _ in range(20):
+    torch.ones(4_000_000)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10):
     torch.ones(4_000_000)
