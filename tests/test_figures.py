@@ -201,6 +201,13 @@ def test_digits_means_and_augmentation_draw_their_images() -> None:
 TRADEOFF = {"ours": [(30.0, 40.0, 3.0), (60.0, 30.0, 0.0), (500.0, 25.0, 2.0)], "theirs": [(300.0, 90.0, 0.0)]}
 
 
+def test_verdicts_keep_each_image_with_its_caption_and_verdict() -> None:
+    figure = figures.draw_verdicts(IMAGES[:4], ["a", "b", "c", "d"], ["x", "y", "x", "x"], "Title", "")
+    drawn = [image.get_array() for image in figure.axes[0].images]
+    np.testing.assert_array_equal(drawn, IMAGES[[0, 2, 3, 1]])
+    assert texts(figure) == ["x: 3", "a", "c", "d", "y: 1", "b"]
+
+
 def test_tradeoff_draws_each_point_and_record() -> None:
     figure = figures.draw_tradeoff(TRADEOFF, {"a record": 26}, "Title", "mistakes in 10,000")
     axes = figure.axes[0]
@@ -234,6 +241,9 @@ EVERY_FIGURE: dict[str, Callable[[], Figure]] = {
     "least sure": lambda: figures.draw_least_sure(IMAGES, LABELS, predict_with(200), CONFIDENCES),
     "class scores": lambda: figures.draw_class_scores(*RNG.uniform(0.99, 1, (3, 10))),
     "perfect class scores": lambda: figures.draw_class_scores(*np.ones((3, 10))),
+    "verdicts": lambda: figures.draw_verdicts(
+        IMAGES[:25], ["4 / 9"] * 25, ["wrong label"] * 3 + ["ambiguous"] * 11 + ["ours to fix"] * 11, "Title", "A note."
+    ),
     "tradeoff": lambda: figures.draw_tradeoff(TRADEOFF, {"a record": 26, "another, far above it": 60}, "Title", "unit"),
     "reliability": lambda: figures.draw_reliability(CONFIDENCES, np.equal(LABELS, predict_with(90))),
 }

@@ -335,12 +335,28 @@ def draw_confused_pair(images: Array, labels: Array, predictions: Array, confide
     note = f"The most confident {len(shown)} of {len(mixed):,}." if len(mixed) > len(shown) else ""
     return _block_figure(
         images,
-        confidences,
+        [format_percent(confidence) for confidence in confidences],
         blocks,
         f"Commonest confusion: {actual} read as {predicted}, {_times(len(mixed))}",
         columns,
         note,
     )
+
+
+def draw_verdicts(images: Array, captions: Sequence[str], verdicts: Sequence[str], title: str, note: str) -> Figure:
+    """Images sorted by what somebody who looked at them said: a block for each verdict, in the order they first come.
+
+    Args:
+        images: (N, 28, 28).
+        captions: N, below each image; short, such as "4 / 9".
+        verdicts: N.
+        title: of the figure.
+        note: below it.
+    """
+    kinds = list(dict.fromkeys(verdicts))
+    picks = {kind: np.flatnonzero(np.array(verdicts) == kind) for kind in kinds}
+    blocks = [(f"{kind}: {len(picks[kind])}", picks[kind], True) for kind in kinds]
+    return _block_figure(images, captions, blocks, title, columns=10, note=note)
 
 
 def draw_least_sure(images: Array, labels: Array, predictions: Array, confidences: Array, limit: int = 24) -> Figure:
@@ -591,9 +607,9 @@ def _tile_figure(
 
 
 def _block_figure(
-    images: Array, confidences: Array, blocks: list[tuple[str, Array, bool]], title: str, columns: int, note: str
+    images: Array, captions: Sequence[str], blocks: list[tuple[str, Array, bool]], title: str, columns: int, note: str
 ) -> Figure:
-    """Blocks of images, each block under its heading, and where asked each image over its confidence."""
+    """Blocks of images, each block under its heading, and where asked each image over its caption."""
     tile_in, pitch, heading, caption = 0.78, 1.06, 0.38, 0.24
     rows = [(math.ceil(len(picks) / columns), 1.0 + (caption if named else 0) + 0.06) for _, picks, named in blocks]
     height = sum(heading + num * row_height for num, row_height in rows) + 0.15 * (len(blocks) - 1)
@@ -609,7 +625,7 @@ def _block_figure(
                 axes.text(
                     left + 0.5,
                     y + 1.02,
-                    format_percent(confidences[pick]),
+                    captions[pick],
                     ha="center",
                     va="top",
                     fontsize=9,

@@ -1,0 +1,78 @@
+"""What the networks of a protocol still misread, sorted by what a person sees.
+
+    python -m digitnet protocol configs/best.yaml --seeds 6
+    python benchmarks/remaining_mistakes.py lightning_logs/protocol/best-* results/remaining_mistakes.csv
+
+The table has a row for each of the 10,000 test images that one of the networks or more misread: index, label, the digit
+most of those read, how many of them, and the verdict of somebody who looked at it. Rows that are missing are added with
+the verdict "not looked at yet", those of labels known to be wrong with that; verdicts already there stay. Draws the
+images, sorted by verdict, beside the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from digitnet.calibrate import predict
+from digitnet.checkpoints import load_net
+from digitnet.data import fetch_digits
+from digitnet.figures import draw_verdicts, render
+from digitnet.study.page import write_file
+from digitnet.study.report import CLASSIC_TEST_START, KNOWN_WRONG
+
+VERDICTS = ("wrong label", "no digit", "ambiguous", "ours to fix", "not looked at yet")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, help="the folder of a recipe's seeds")
+    parser.add_argument("table", type=Path, help="CSV to write, and to read verdicts from if it is there")
+    args = parser.parse_args()
+    seeds = sorted(args.runs.glob("seed_*/result.json"))
+    counts = Counter(index for path in seeds for index in json.loads(path.read_text())["mistakes"])
+    indices = sorted(counts)
+    digits = fetch_digits("mnist")
+    images = digits.images[CLASSIC_TEST_START:][indices]
+    labels = digits.labels[CLASSIC_TEST_START:][indices]
+
+    batch = torch.from_numpy(images)[:, None]
+    nets = [load_net(path.parent / "checkpoints" / "last.ckpt")[0] for path in seeds]
+    guesses = torch.stack([predict(net, batch, torch.device("cpu")).argmax(dim=1) for net in nets], dim=1)  # (N, seeds)
+    read = [Counter(guess for guess in row if guess != label).most_common(1)[0][0]
+            for row, label in zip(guesses.tolist(), labels.tolist(), strict=True)]  # fmt: skip
+
+    known = {index: "no digit" if digit is None else "wrong label" for index, digit in KNOWN_WRONG.items()}
+    if args.table.is_file():
+        known |= dict(pd.read_csv(args.table)[["index", "verdict"]].itertuples(index=False))
+    table = pd.DataFrame(
+        {
+            "index": indices,
+            "label": labels,
+            "read": read,
+            "networks": [counts[index] for index in indices],
+            "verdict": [known.get(index, VERDICTS[-1]) for index in indices],
+        }
+    )
+    order = table.assign(rank=table["verdict"].map(VERDICTS.index)).sort_values(
+        ["rank", "networks"], ascending=[True, False]
+    )
+    write_file(args.table, table.to_csv(index=False).encode())
+    figure = draw_verdicts(
+        images[order.index],
+        [f"{row.label} / {row.read}, {row.networks}" for row in order.itertuples()],
+        order["verdict"].tolist(),
+        f"What {len(seeds)} networks still misread in 10,000",
+        "Label / what was read, and by how many of the networks.",
+    )
+    write_file(args.table.with_suffix(".png"), render(figure))
+    print(table["verdict"].value_counts().to_string())
+
+
+if __name__ == "__main__":
+    main()
