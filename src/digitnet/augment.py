@@ -99,7 +99,7 @@ class RandomAffine(v2.Transform):
         self.rotation_deg = rotation_deg
         self.shift_frac = shift_frac
         self.scale_frac = scale_frac
-        self.is_idle = rotation_deg == shift_frac == scale_frac == 0
+        self._is_idle = rotation_deg == shift_frac == scale_frac == 0
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Tensor]:
         """Draw the angle, the shifts and the zoom of each image of the batch."""
@@ -115,7 +115,7 @@ class RandomAffine(v2.Transform):
 
     def transform(self, inpt: Tensor, params: dict[str, Tensor]) -> Tensor:
         """Apply the drawn parameters to images (B, C, H, W), or to a single one (C, H, W)."""
-        if self.is_idle:
+        if self._is_idle:
             return inpt
         warped = affine(inpt, **params) if inpt.ndim == 4 else affine(inpt[None], **params)[0]
         result: Tensor = tv_tensors.wrap(warped, like=inpt)  # an Image stays an Image
@@ -157,7 +157,7 @@ class RandomWarp(RandomAffine):
             raise ValueError(f"elastic_px is {elastic_px}; it is a displacement in pixels, 0 or more")
         self.shear_deg = shear_deg
         self.elastic_px = elastic_px
-        self.is_idle = self.is_idle and shear_deg == elastic_px == 0
+        self._is_idle = self._is_idle and shear_deg == elastic_px == 0
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Tensor]:
         """Draw what RandomAffine draws, and the slant and the bending of each image of the batch."""

@@ -129,6 +129,7 @@ class Turns(Callback):
         self.steps, self.keras_python, self.folder = steps, keras_python, folder
         self.seconds: dict[str, list[float]] = {FIT: [], STEPS: [], PLAIN: []}
         self.ceilings: list[float] = []
+        self.keras: subprocess.Popen[str] | None = None
         self.keras_versions: dict[str, str] = {}
         self.start: float | None = None
 
@@ -159,8 +160,19 @@ class Turns(Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._end_epoch()
+        self._stop_keras()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._stop_keras()
+
+    def _stop_keras(self) -> None:
         if self.keras:
-            self.keras.terminate()
+            self.keras.kill()
+            self.keras.wait()
+            for pipe in (self.keras.stdin, self.keras.stdout):
+                if pipe:
+                    with contextlib.suppress(BrokenPipeError):  # what it had not read yet
+                        pipe.close()
 
     def _end_epoch(self) -> None:
         if self.start is not None:
