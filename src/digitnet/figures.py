@@ -491,20 +491,17 @@ def draw_tradeoff(
     """Mistakes against seconds of training, both on logarithmic scales.
 
     Args:
-        curves: name -> points: seconds, mistakes, and the standard deviation of the mistakes (0 draws none). The first
-            curves are ours, the last one is what they stand beside.
+        curves: up to three: name -> points: seconds, mistakes, and the standard deviation of these (0 draws none).
         records: name -> mistakes of networks whose training time is not known: lines across.
         title: of the figure.
         unit: what the mistakes are counted in.
     """
     figure = _figure(WIDTH_IN, 3.9, title)
     axes = figure.subplots()
-    markers = ("o", "s", "^", "v")
-    for i, (name, points) in enumerate(curves.items()):
+    looks = (("o", BLUE), ("s", VERMILION), ("^", INK))
+    for (name, points), (marker, color) in zip(curves.items(), looks, strict=False):
         seconds, mistakes, spread = (np.array(each) for each in zip(*points, strict=True))
-        last = i == len(curves) - 1 and i > 0
-        color = VERMILION if last else BLUE
-        style: dict[str, Any] = {"marker": markers[i % len(markers)], "color": color, "linewidth": 1.2, "markersize": 5}
+        style: dict[str, Any] = {"marker": marker, "color": color, "linewidth": 1.2, "markersize": 5}
         axes.errorbar(seconds, mistakes, yerr=np.where(spread > 0, spread, np.nan), label=name, capsize=3, **style)
     for name, count in records.items():
         axes.axhline(count, color=GREY, linewidth=0.8, linestyle="--")
@@ -513,16 +510,16 @@ def draw_tradeoff(
         )
     axes.set_xscale("log")
     axes.set_yscale("log")
-    for axis in (axes.xaxis, axes.yaxis):
+    for axis, steps in ((axes.xaxis, (1, 2, 5)), (axes.yaxis, (1, 1.5, 2, 3, 4, 5, 7))):
         low, high = axis.get_view_interval()
-        ticks = [step * 10**power for power in range(5) for step in (1, 2, 5)]
+        ticks = [step * 10**power for power in range(5) for step in steps]
         axis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
         axis.set_minor_locator(NullLocator())
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.set_xlabel("seconds of training")
     axes.set_ylabel(unit)
     _plain(axes)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    figure.legend(loc="outside lower left", frameon=False, fontsize=9)
     return figure
 
 
