@@ -100,6 +100,34 @@ def test_trains_each_seed_once_and_scores_its_last_epoch(
     assert f"| 42 | {len(results[0]['mistakes'])} |" in capsys.readouterr().out
 
 
+def test_parts_train_their_own_seeds_and_tabulate_all_that_are_done(
+    digitnet: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = []
+
+    def train(flags: tuple[str, ...], seed: int, run: Path, num_epochs: int) -> None:
+        trained.append(seed)
+        run.mkdir(parents=True)
+
+    def score(run: Path, seed: int, num_epochs: int, data: Any) -> dict[str, Any]:
+        common = {"num_parameters": 7, "hardware": "a machine", "versions": {"torch": "2"}, "date": "2026-01-02"}
+        return {"seed": seed, "epochs": 2, "mistakes": [seed], "mistakes_shifted": [], "train_s": 1.0, **common}
+
+    monkeypatch.setattr(module, "train", train)
+    monkeypatch.setattr(module, "score", score)
+    (tmp_path / "mine.yaml").write_text(CONFIG)
+    assert digitnet("protocol", "mine.yaml", "--seeds", 3, "--shard", "1/2", "--output", "out") == 0
+    assert trained == [42, 44]
+    assert digitnet("protocol", "mine.yaml", "--seeds", 3, "--shard", "2/2", "--output", "out") == 0
+    assert trained == [42, 44, 43]
+    rows = [line[:4] for line in (tmp_path / "out" / "mine.md").read_text().splitlines() if line.startswith("| 4")]
+    assert rows == ["| 42", "| 43", "| 44"]
+    assert digitnet("protocol", "mine.yaml", "--seeds", 1, "--shard", "2/2", "--output", "out") == 0
+    assert "no seed of 1 is in part 2/2" in capsys.readouterr().out
+    assert digitnet("protocol", "mine.yaml", "--shard", "3/2") == 1
+    assert 'shard is "3/2"' in capsys.readouterr().err
+
+
 def test_a_run_that_ended_early_is_refused(
     digitnet: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
