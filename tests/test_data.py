@@ -821,5 +821,5 @@ def test_fit_augments_training_batches_alone(tmp_path: Path, monkeypatch: pytest
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert checkpoint["datamodule_hyper_parameters"] == {
-        "source": "digits", "split": (1297, 250, 250), "batch_size": 32, "eval_batch_size": 500,
+        "source": "digits", "split": (1297, 250, 250), "batch_size": 32, "eval_batch_size": 250,
     }  # fmt: skip

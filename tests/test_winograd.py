@@ -74,7 +74,17 @@ def test_training_gradients_of_the_whole_network_are_the_plain_ones() -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=1e-4 * b.abs().max().item())
 
 
-def test_plain_outside_float32_training() -> None:
+def test_scores_of_many_are_those_of_each() -> None:
+    torch.manual_seed(0)
+    net = DigitNet().eval()
+    images = torch.rand(40, 1, 28, 28)
+    with torch.inference_mode():
+        many, each = net(images), torch.cat([net(image[None]) for image in images])
+    assert not torch.equal(many, each)  # it was another way
+    torch.testing.assert_close(many, each, rtol=0, atol=1e-4)
+
+
+def test_plain_outside_float32() -> None:
     conv, images = Conv3x3(4, 5, pooled=True), torch.randn(2, 4, 7, 7)
     assert conv(images).shape == (2, 5, 6, 6)  # what the pooling drops is not computed
     with torch.no_grad():

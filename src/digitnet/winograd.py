@@ -1,4 +1,4 @@
-"""3x3 convolutions with a third of the multiplications: Winograd's, for float32 training on a CPU.
+"""3x3 convolutions with a third of the multiplications: Winograd's, for float32 on a CPU.
 
 A convolution cuts its input into overlapping tiles, transforms tiles and kernels, multiplies them point by point, and
 transforms back. A tile of 4x4 results takes 36 multiplications where the sum itself takes 144. The values are the same
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+MIN_BATCH, MAX_BATCH = 32, 256  # to score: with fewer images the kernels cost too much, with more the memory
 POINTS = (0, 1, -1, 2, -2)  # where polynomials are evaluated, and infinity; simple numbers round least
 
 
@@ -57,7 +58,8 @@ def _expand(roots: list[Tensor]) -> Tensor:
 class Conv3x3(nn.Conv2d):
     """A 3x3 convolution with a border of zeros, computed in Winograd's way where that is the faster one.
 
-    That is in training, in float32, on a CPU; everywhere else, and when its graph is exported, it is a plain nn.Conv2d.
+    That is in float32 on a CPU, in training and for batches of 32 to 256 images to be scored; everywhere else, and when
+    its graph is exported, it is a plain nn.Conv2d.
 
     Args:
         in_channels: of the images.
@@ -71,19 +73,23 @@ class Conv3x3(nn.Conv2d):
 
     def forward(self, images: Tensor) -> Tensor:
         """Results (B, O, H, W) of images (B, C, H, W); of a pooled one, perhaps without an odd last row and column."""
-        if not (
-            self.training
-            and torch.is_grad_enabled()
-            and images.device.type == "cpu"
-            and images.dtype == torch.float32
-            and not torch.is_autocast_enabled("cpu")
-        ):
+        if not self._pays(images):
             return super().forward(images)
         height, width = images.shape[2:]
         if self.pooled:
             height, width = height - height % 2, width - width % 2
         results: Tensor = WinogradFunction.apply(images, self.weight, self.bias, height, width)
         return results
+
+    def _pays(self, images: Tensor) -> bool:
+        """Whether Winograd's way is the faster one for these images."""
+        if torch.compiler.is_exporting() or images.device.type != "cpu" or images.dtype != torch.float32:
+            return False
+        if torch.is_autocast_enabled("cpu"):
+            return False
+        if torch.is_grad_enabled():
+            return self.training
+        return MIN_BATCH <= len(images) <= MAX_BATCH
 
 
 class WinogradFunction(torch.autograd.Function):

@@ -74,7 +74,7 @@ class MNISTDataModule(L.LightningDataModule):
         data_dir: str | None = None,
         split: tuple[int, int, int] = (60_000, 5_000, 5_000),
         batch_size: int = 32,
-        eval_batch_size: int = 500,
+        eval_batch_size: int = 250,
         augmentation: Callable[[Any], Any] | None = None,
     ) -> None:
         super().__init__()
