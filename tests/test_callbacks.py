@@ -53,6 +53,9 @@ def test_average_goes_on_where_it_was(digitnet: Run, tmp_path: Path) -> None:
     expected = torch.load(whole, weights_only=True)
     shutil.rmtree(tmp_path / "lightning_logs")
     assert digitnet(*fit, "--trainer.max_epochs", 1) == 0
+    best, last = (torch.load(whole.with_name(name), weights_only=True) for name in ("best.ckpt", "last.ckpt"))
+    assert all(torch.equal(value, best["state_dict"][name]) for name, value in last["state_dict"].items())
+    assert not {"current_model_state", "averaging_state"} & best.keys()
     assert digitnet("fit", "--ckpt_path", "last", "--trainer.max_epochs", 2) == 0
     found = torch.load(whole, weights_only=True)
     for key in ("state_dict", "current_model_state"):

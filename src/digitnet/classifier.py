@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CyclicLR, OneCycleLR, ReduceLROnPlateau
@@ -73,6 +74,11 @@ class DigitClassifier(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.selection is not None:
             checkpoint["selection"] = self.selection.state_dict()
+        if "callbacks" not in checkpoint:  # weights only, of which Lightning does not tell the callbacks
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, WeightAveraging):
+                    callback.on_save_checkpoint(self.trainer, self, checkpoint)
+                    del checkpoint["current_model_state"], checkpoint["averaging_state"]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.selection is not None and "selection" in checkpoint:
@@ -80,12 +86,16 @@ class DigitClassifier(L.LightningModule):
         net = make_net(checkpoint)
         if isinstance(net, Committee):  # trained apart, scored together
             self.net = net
-            self.setup("test")
+            self._choose_memory_format()
 
     def setup(self, stage: str) -> None:
+        self._choose_memory_format()
+
+    def _choose_memory_format(self) -> None:
         channels_last = self.channels_last
         if channels_last is None:
-            channels_last = self.trainer.strategy.root_device.type in ("cpu", "cuda")
+            device = self.device if self._trainer is None else self.trainer.strategy.root_device
+            channels_last = device.type in ("cpu", "cuda")
         self.net.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import Run
 
+from digitnet import DigitClassifier
 from digitnet.apply.predictor import Predictor
 from digitnet.checkpoints import load_net
 from digitnet.data import load_bundled_digits
@@ -83,3 +84,10 @@ def test_what_makes_no_committee_is_told_in_one_line(
         assert len(errors) == 1
         assert line in errors[0]
     assert set(tmp_path.rglob("*")) == before
+
+
+def test_it_is_loaded_as_a_module_without_a_trainer(committee: Path) -> None:
+    images = torch.rand(2, 1, 28, 28)
+    with torch.inference_mode():
+        found = DigitClassifier.load_from_checkpoint(committee, weights_only=True).eval()(images)
+        torch.testing.assert_close(found, load_net(committee)[0](images))
