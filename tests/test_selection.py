@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import QUICKSTART, SHORT, Run
 from torch import Tensor, nn
 
 from digitnet import HardExamples, fetch_digits
+from digitnet.checkpoints import save_checkpoint
 
 
 class Sure(nn.Module):
@@ -74,6 +77,22 @@ def test_the_small_network_learns_and_goes_on_where_it_was() -> None:
     expected = first(images[128:256], labels[128:256])
     torch.manual_seed(2)
     assert all(torch.equal(a, b) for a, b in zip(expected, second(images[128:256], labels[128:256]), strict=True))
+
+
+def test_a_former_small_network_can_be_scored_but_not_gone_on_with(
+    digitnet: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--model.selection=digitnet.HardExamples", "--trainer.max_epochs", 1)
+    assert digitnet("fit", "--config", QUICKSTART, *SHORT, *flags) == 0
+    for name in ("best.ckpt", "last.ckpt"):
+        path = tmp_path / "lightning_logs" / "quickstart" / "version_0" / "checkpoints" / name
+        checkpoint = torch.load(path, weights_only=True)
+        checkpoint["selection"]["proxy"]["conv1.weight"] = torch.zeros(8, 1, 3, 3)
+        save_checkpoint(checkpoint, path)
+    assert digitnet("test") == 0
+    capsys.readouterr()
+    assert digitnet("fit", "--ckpt_path", "last", "--trainer.max_epochs", 2) == 1
+    assert "HardExamples had another small network" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

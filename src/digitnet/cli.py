@@ -183,7 +183,8 @@ class DigitCLI(LightningCLI):
             config.trainer.logger = config.trainer.fast_dev_run = False
             config.trainer.limit_val_batches = config.trainer.limit_test_batches = None
             self.save_config_callback = None
-            config.model.teacher = None  # it has taught; its file may be gone
+            # They have done their work; the teacher's file may be gone.
+            config.model.teacher = config.model.selection = None
             return
         for key in ("early_stopping", "best_checkpoint"):
             if config[key].monitor not in METRICS:
@@ -342,6 +343,17 @@ def explain_failures(trainer: L.Trainer) -> Iterator[None]:
         raise
 
 
+def prepare_process() -> None:
+    """What a process that trains or scores does first: quiet, only classes that configs may name, memory kept.
+
+    Raises:
+        ValueError: ``DIGITNET_ALLOW_IMPORTS`` cannot be used.
+    """
+    hide_noise()
+    limit_imports()
+    keep_freed_memory()
+
+
 def hide_noise() -> None:
     """Filter out what is not for our users: a summary's remark on bfloat16, the like, and advertisements."""
     warnings.filterwarnings("ignore", message=".*does not have many workers")
@@ -366,9 +378,7 @@ def main(args: list[str]) -> DigitCLI:
     Raises:
         ValueError, OSError: a setting, a file or the data is wrong; one line says which and what to do.
     """
-    hide_noise()
-    limit_imports()
-    keep_freed_memory()
+    prepare_process()
     try:
         return DigitCLI(args)
     except MisconfigurationException as error:

@@ -94,6 +94,16 @@ class HardExamples:
         return {"proxy": self.proxy.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from ``state_dict``'s result."""
-        self.proxy.load_state_dict(state["proxy"])
+        """Go on from ``state_dict``'s result.
+
+        Raises:
+            ValueError: it is that of another small network.
+        """
+        try:
+            self.proxy.load_state_dict(state["proxy"])
+        except RuntimeError as error:
+            raise ValueError(
+                "the checkpoint's HardExamples had another small network, that of another version; it can be scored, "
+                "but fit cannot go on from it: train anew"
+            ) from error
         self.optimizer.load_state_dict(state["optimizer"])

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from conftest import QUICKSTART, Run
 
-from digitnet.study.benchmark import FIT, KERAS, PARTS, PLAIN, STEPS, render_result
+from digitnet import DigitNet
+from digitnet.checkpoints import save_checkpoint
+from digitnet.study.benchmark import FIT, KERAS, PARTS, PLAIN, STEPS, count_val_batches, render_result
 
 # Multiplications of an image: pixels x kernel x channels in x channels out, layer by layer.
 CONV1 = 28 * 28 * 49 * 64
@@ -40,6 +42,30 @@ def test_a_selection_is_timed_as_part_of_the_step(digitnet: Run, tmp_path: Path)
     kept = 2 * (2 * CONV1 + 3 * REST) / 4  # of four images, one
     assert kept < result["flop_per_image"] < 1.15 * kept
     assert result["step_ms"]["selection"] > 0.05
+
+
+def test_a_teacher_is_timed_as_part_of_the_step(digitnet: Run, tmp_path: Path) -> None:
+    state = {f"net.{name}": weight for name, weight in DigitNet().state_dict().items()}
+    save_checkpoint({"state_dict": state, "pytorch-lightning_version": "2.6.6"}, tmp_path / "teacher.ckpt")
+    text = "model:\n  teacher: {class_path: digitnet.Teacher, init_args: {checkpoint: teacher.ckpt}}"
+    Path("taught.yaml").write_text(QUICKSTART.read_text().replace("model:", text))
+    assert digitnet("benchmark", "--config", "taught.yaml", "--steps", 2, "--rounds", 1, "--output", "speed.json") == 0
+    result = json.loads((tmp_path / "speed.json").read_text())
+    alone = 2 * (2 * CONV1 + 3 * REST)
+    assert alone + 2 * CONV1 < result["flop_per_image"] <= alone + 2 * (CONV1 + REST)  # one more forward pass
+
+
+def test_a_config_cannot_name_foreign_classes(digitnet: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    text = QUICKSTART.read_text().replace("digitnet.RandomAffine", "subprocess.Popen")
+    Path("foreign.yaml").write_text(text)
+    assert digitnet("benchmark", "--config", "foreign.yaml", "--quick", "true") == 2
+    assert "subprocess.Popen" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_as_many_validation_images_to_a_step_as_in_an_epoch() -> None:
+    assert count_val_batches(1875, 250) == 20
+    assert count_val_batches(188, 500) == 1
+    assert count_val_batches(2, 250) == 1
 
 
 def test_tables_of_known_figures() -> None:

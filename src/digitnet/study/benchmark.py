@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from digitnet.classifier import DigitClassifier
-from digitnet.cli import DigitCLI, hide_noise
+from digitnet.cli import DigitCLI, prepare_process
 from digitnet.data import MNISTDataModule
 from digitnet.machine import describe_hardware, list_versions
 from digitnet.study.page import write_file
@@ -101,17 +101,21 @@ def time_fit(config: Path, steps: int, rounds: int, turns: Turns, folder: str) -
     class TimedCLI(DigitCLI):
         def instantiate_trainer(self, **settings: Any) -> L.Trainer:
             trainer = super().instantiate_trainer(**settings)
+            trainer.limit_val_batches = count_val_batches(steps, self.datamodule.eval_batch_size)
             # First, so that fit's own clock starts after the others had their turns.
             trainer.callbacks.insert(0, turns)  # type: ignore[attr-defined]
             return trainer
 
-    val_batches = max(1, round(10 * steps / 1875))  # as many to a step as in the write-up's epoch
     flags = [f"--trainer.max_epochs={rounds + 1}", f"--trainer.limit_train_batches={steps}"]
-    flags += [f"--trainer.limit_val_batches={val_batches}", f"--trainer.logger.save_dir={folder}"]
-    flags += ["--trainer.devices=1", "--trainer.enable_model_summary=false"]
+    flags += [f"--trainer.logger.save_dir={folder}", "--trainer.devices=1", "--trainer.enable_model_summary=false"]
     flags += [f"--early_stopping.patience={rounds + 1}", "--pictures.every_n_epochs=0", "--calibration.num_digits=0"]
-    hide_noise()
+    prepare_process()
     return TimedCLI(["fit", "--config", str(config), *flags])
+
+
+def count_val_batches(steps: int, batch_size: int) -> int:
+    """As many validation images to a step as in the write-up's epoch: 5,000 to 1,875 steps."""
+    return max(1, round(steps * 5000 / 1875 / batch_size))
 
 
 class Turns(Callback):
@@ -137,8 +141,8 @@ class Turns(Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(pl_module, DigitClassifier)
         self.plain = PlainLoop(pl_module, data, str(trainer.precision))
-        if pl_module.selection is not None:
-            self.keras_python = None  # Keras would train on all of each batch: another recipe
+        if pl_module.selection is not None or pl_module.teacher is not None:
+            self.keras_python = None  # Keras would train on all of each batch, towards the labels: another recipe
         self.keras = start_keras(self.keras_python, data, self.steps, self.folder) if self.keras_python else None
         if self.keras:
             self.seconds[KERAS] = []
@@ -196,6 +200,7 @@ class PlainLoop:
         self.dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float32
         self.dataset, self.augmentation = data.datasets[0], data.augmentation
         self.net, self.selection = copy.deepcopy((module.net, module.selection))
+        self.teacher = module.teacher
         self.optimizer = module.optimizer(self.net.parameters())
 
     def train(self, steps: int, mark: Callable[[str], None] = lambda part: None) -> float:
@@ -228,8 +233,9 @@ class PlainLoop:
 
     def compute_loss(self, images: Tensor, labels: Tensor) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            targets = labels if self.teacher is None else self.teacher(images, labels)
             logits = self.net(images)
-        return F.cross_entropy(logits.float(), labels)
+        return F.cross_entropy(logits.float(), targets)
 
     def describe(self, steps: int = 50) -> dict[str, Any]:
         """Milliseconds of each part of a step, medians, and floating-point operations of an image."""
@@ -297,7 +303,8 @@ def start_keras(python: str, data: MNISTDataModule, steps: int, folder: Path) ->
         ValueError: there is no such Python.
     """
     train, val, _ = data.datasets
-    sizes = {"train": steps * data.batch_size, "val": max(1, round(10 * steps / 1875)) * data.eval_batch_size}
+    num_val = count_val_batches(steps, data.eval_batch_size) * data.eval_batch_size
+    sizes = {"train": steps * data.batch_size, "val": num_val}
     arrays: dict[str, Any] = {}
     for name, dataset in (("train", train), ("val", val)):
         picks = np.arange(sizes[name]) % len(dataset)
