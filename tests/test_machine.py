@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -56,6 +57,27 @@ for _ in range(10):
     torch.ones(16_000_000)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [(2**31, {-3: 2**30, -1: 2**30}), (2**25, {-3: 2**25, -1: 2**30}), (0, {})],  # what mallopt takes; what is set
+)
+def test_freed_memory_is_kept_as_far_as_the_c_library_lets_one(
+    monkeypatch: pytest.MonkeyPatch, limit: int, expected: dict[int, int]
+) -> None:
+    options: dict[int, int] = {}
+
+    def mallopt(option: int, value: int) -> int:
+        if option == -3 and value > limit:
+            return 0
+        options[option] = value
+        return 1
+
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=mallopt))
+    monkeypatch.setattr(machine.sys, "platform", "linux")
+    machine.keep_freed_memory()
+    assert options == expected
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")

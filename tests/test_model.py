@@ -64,3 +64,10 @@ def test_dropout_acts_in_training_only(kind: str) -> None:
 def test_impossible_dropout_is_refused(kind: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{kind} is {value}"):
         DigitNet(**{kind: value})
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_pixels_follow_the_precision_of_the_weights(dtype: torch.dtype) -> None:
+    net = DigitNet().eval().to(dtype)
+    images = torch.randint(0, 256, (2, 1, 28, 28), dtype=torch.uint8)
+    assert net(images).dtype == dtype

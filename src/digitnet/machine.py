@@ -48,9 +48,9 @@ def keep_freed_memory() -> None:
     """
     trim_threshold, mmap_threshold = -1, -3  # of malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:  # musl has none
-        for option in (trim_threshold, mmap_threshold):
-            mallopt(option, 2**30)
+    # musl has none; some versions of glibc refuse more than 32 MiB. To set one alone would make matters worse.
+    if mallopt is not None and (mallopt(mmap_threshold, 2**30) or mallopt(mmap_threshold, 2**25)):
+        mallopt(trim_threshold, 2**30)
 
 
 def describe_hardware() -> str:

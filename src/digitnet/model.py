@@ -57,7 +57,7 @@ class DigitNet(nn.Module):
         Returns:
             Logits (B, 10), unbounded; their softmax is the probability of each digit.
         """
-        x = images.float() / 255 if images.dtype == torch.uint8 else images  # (B, 1, 28, 28)
+        x = images.to(self.conv1.weight.dtype) / 255 if images.dtype == torch.uint8 else images  # (B, 1, 28, 28)
         x = self.conv_dropout(F.relu(self.pool(self.conv1(x))))  # (B, 64, 14, 14)
         x = F.relu(self.conv2(x))  # (B, 128, 14, 14)
         x = self.conv_dropout(F.relu(self.pool(self.conv3(x))))  # (B, 128, 7, 7)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 MIN_BATCH, MAX_BATCH = 32, 256  # to score: with fewer images the kernels cost too much, with more the memory
 POINTS = (0, 1, -1, 2, -2)  # where polynomials are evaluated, and infinity; simple numbers round least
@@ -95,7 +96,8 @@ class Conv3x3(nn.Conv2d):
 class WinogradFunction(torch.autograd.Function):
     """The first ``height`` rows and ``width`` columns of ``F.conv2d(images, weight, bias, padding=1)``, float32.
 
-    Tiles come first and channels last, so that each tile is transformed while it is in the processor's cache.
+    Tiles come first and channels last, so that each tile is transformed while it is in the processor's cache. The
+    results are a view, which autograd does not let one change in place; there is no second derivative.
     """
 
     @staticmethod
@@ -119,6 +121,7 @@ class WinogradFunction(torch.autograd.Function):
         return results[:, :height, :width].add_(bias).permute(0, 3, 1, 2)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         inputs, kernels = ctx.saved_tensors
         num, rows, columns, tile, size = ctx.sizes
