@@ -1,6 +1,6 @@
 """What the networks of a protocol still misread, sorted by what a person sees.
 
-    python -m digitnet protocol configs/best.yaml --seeds 6
+    python -m digitnet protocol configs/best.yaml --seeds 5
     python benchmarks/remaining_mistakes.py lightning_logs/protocol/best-* results/remaining_mistakes.csv
 
 The table has a row for each of the 10,000 test images that one of the networks or more misread: index, label, the digit

@@ -154,13 +154,21 @@ def test_the_table_has_every_seed_their_mean_and_spread() -> None:
     }
     results = [
         {"seed": 42, "mistakes": [1, 947, 6000], "mistakes_shifted": [6000], "train_s": 10.0, **common},
-        {"seed": 43, "mistakes": [5000], "mistakes_shifted": [2, 4999], "train_s": 20.0, **common},
+        {
+            "seed": 43,
+            "mistakes": [5000],
+            "mistakes_shifted": [2, 4999],
+            "train_s": 20.0,
+            **common,
+            "hardware": "another",
+        },
     ]
-    table = render_table(Path("configs/best.yaml"), results)
+    table = render_table(Path("configs/best.yaml"), 3, results)
     assert "| 42 | 3 | 1 | 1 | 1 | 1 | 10 s |" in table
     assert "| 43 | 1 | 1 | 0 | 2 | 0 | 20 s |" in table
     assert "| **mean ± sd** | 2.0 ± 1.4 | 1.0 ± 0.0 | 0.5 ± 0.7 | 1.5 ± 0.7 | 0.5 ± 0.7 | 15.0 ± 7.1 s |" in table
-    assert "python -m digitnet protocol configs/best.yaml --seeds 2" in table
+    assert "python -m digitnet protocol configs/best.yaml --seeds 3" in table  # what was asked for
+    assert "says. a machine, torch 2, 2026-01-02; another, torch 2, 2026-01-02: " in table
 
 
 def test_a_damaged_result_is_told(

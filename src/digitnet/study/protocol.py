@@ -61,7 +61,7 @@ def protocol(config: Path, seeds: int = 5, shard: str = "1/1", output: Path = Pa
             write_file(run / "result.json", (json.dumps(result, indent=2) + "\n").encode())
         paths = [other / "result.json" for other in runs.values()]  # of the other parts, too
         results = [load_result(path) for path in paths if path.is_file()]
-        table = render_table(config, results)
+        table = render_table(config, seeds, results)
         write_file(output / f"{config.stem}.md", table.encode())
     print(table)
 
@@ -153,7 +153,7 @@ def load_result(path: Path) -> dict[str, Any]:
     return result
 
 
-def render_table(config: Path, results: list[dict[str, Any]]) -> str:
+def render_table(config: Path, seeds: int, results: list[dict[str, Any]]) -> str:
     """The Markdown page of all seeds."""
     lines = [
         "| seed | mistakes in 10,000 | in the last 5,000 | of them known wrong labels | averaged over shifts: 10,000 | "
@@ -176,10 +176,10 @@ def render_table(config: Path, results: list[dict[str, Any]]) -> str:
     ]
     lines.append(f"| **mean ± sd** | {' | '.join(summary[:5])} | {summary[5]} s |")
     first = results[0]
+    machines = sorted({f"{one['hardware']}, torch {one['versions']['torch']}, {one['date'][:10]}" for one in results})
     note = (
         f"{first['num_parameters']:,} parameters, {first['epochs']} epochs on all 60,000 training images, scored at "
-        f"the last epoch, once per seed, as docs/protocol.md says. {first['hardware']}, "
-        f"torch {first['versions']['torch']}, "
-        f"{results[-1]['date'][:10]}: `python -m digitnet protocol {config} --seeds {len(results)}`"
+        f"the last epoch, once per seed, as docs/protocol.md says. {'; '.join(machines)}: "
+        f"`python -m digitnet protocol {config} --seeds {seeds}`"
     )
     return "\n".join([f"# {config.stem}", "", *lines, "", note, ""])
