@@ -78,7 +78,8 @@ class DigitClassifier(L.LightningModule):
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, WeightAveraging):
                     callback.on_save_checkpoint(self.trainer, self, checkpoint)
-                    del checkpoint["current_model_state"], checkpoint["averaging_state"]
+                    for key in ("current_model_state", "averaging_state"):  # for going on with training
+                        checkpoint.pop(key, None)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.selection is not None and "selection" in checkpoint:
