@@ -74,7 +74,7 @@ class DigitClassifier(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.selection is not None:
             checkpoint["selection"] = self.selection.state_dict()
-        if "callbacks" not in checkpoint:  # weights only, of which Lightning does not tell the callbacks
+        if "callbacks" not in checkpoint and self._trainer is not None:  # weights only: Lightning leaves callbacks out
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, WeightAveraging):
                     callback.on_save_checkpoint(self.trainer, self, checkpoint)
