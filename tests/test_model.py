@@ -1,14 +1,17 @@
-"""DigitNet against the write-up's figures and against layers written out by hand."""
+"""DigitNet and ResidualNet against figures of their sources and against layers written out by hand."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import QUICKSTART, SHORT, Run
 
-from digitnet.model import DigitNet
+from digitnet.checkpoints import load_net, make_net
+from digitnet.model import Committee, DigitNet, ResidualNet
 
 
 def test_parameters_per_layer_are_the_write_ups() -> None:
@@ -61,9 +64,12 @@ def test_dropout_acts_in_training_only(kind: str) -> None:
 
 
 @pytest.mark.parametrize(("kind", "value"), [("dropout", 1.0), ("dropout", -0.1), ("conv_dropout", math.nan)])
-def test_impossible_dropout_is_refused(kind: str, value: float) -> None:
+@pytest.mark.parametrize("architecture", [DigitNet, ResidualNet])
+def test_impossible_dropout_is_refused(
+    architecture: type[DigitNet] | type[ResidualNet], kind: str, value: float
+) -> None:
     with pytest.raises(ValueError, match=f"{kind} is {value}"):
-        DigitNet(**{kind: value})
+        architecture(**{kind: value})
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -71,3 +77,58 @@ def test_pixels_follow_the_precision_of_the_weights(dtype: torch.dtype) -> None:
     net = DigitNet().eval().to(dtype)
     images = torch.randint(0, 256, (2, 1, 28, 28), dtype=torch.uint8)
     assert net(images).dtype == dtype
+
+
+def test_residual_net_is_the_sources_without_its_second_convolution() -> None:
+    # github.com/ttdoucet/mnist, mnist_model(): a block adds to the normalized image what a convolution makes of it.
+    torch.manual_seed(0)
+    net = ResidualNet()
+    images = torch.rand(40, 1, 28, 28)
+    for _ in range(2):
+        net(images)  # statistics to normalize by
+    net.eval()
+    state = net.state_dict()
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        stored = [state[f"{name}.{key}"] for key in ("running_mean", "running_var", "weight", "bias")]
+        return F.batch_norm(x, *stored)
+
+    def conv(x: torch.Tensor, name: str) -> torch.Tensor:
+        return F.relu(F.conv2d(x, state[f"{name}.weight"], state[f"{name}.bias"], padding="same"))
+
+    x = F.max_pool2d(conv(images, "conv1"), 2)
+    for number, (channels, size) in enumerate([(128, 14), (256, 7), (512, 4)], start=1):
+        x = norm(x, f"block{number}.norm")
+        x = x + conv(x, f"block{number}.conv")
+        assert x.shape[1:] == (channels, size, size)
+        x = norm(x, f"norm{number + 1}")
+        if number < 3:
+            x = F.max_pool2d(conv(x, f"conv{number + 1}"), 2, ceil_mode=True)
+    expected = F.linear(x.mean(dim=(2, 3)), state["fc.weight"], state["fc.bias"])
+    with torch.no_grad():
+        torch.testing.assert_close(net(images), expected, rtol=1e-3, atol=1e-4)
+    assert sum(p.numel() for p in net.parameters()) == 4_587_914 < 5_000_000
+
+
+def test_a_residual_net_is_told_by_its_weights() -> None:
+    together = Committee([ResidualNet(), DigitNet(), ResidualNet()])
+    for net in (*together.members, together):
+        made = make_net({"state_dict": {f"net.{name}": weight for name, weight in net.state_dict().items()}})
+        made.load_state_dict(net.state_dict())
+        assert type(made) is type(net)
+
+
+def test_a_residual_net_is_trained_scored_and_gone_on_with(
+    digitnet: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = (*SHORT, "--trainer.limit_train_batches=1", "--trainer.max_epochs=1")
+    assert digitnet("fit", "--config", QUICKSTART, "--model.architecture=residual", *flags) == 0
+    (path,) = tmp_path.glob("lightning_logs/quickstart/version_*/checkpoints/best.ckpt")
+    assert isinstance(load_net(path)[0], ResidualNet)
+    assert digitnet("test") == 0
+    assert digitnet("convert", path, "net.weights.h5") == 1
+    assert "holds a ResidualNet; the write-up's Keras model is a DigitNet" in capsys.readouterr().err
+    last = ("fit", "--ckpt_path", path.with_name("last.ckpt"), "--trainer.max_epochs=2")
+    assert digitnet(*last, "--model.architecture=digitnet") == 1
+    assert "the checkpoint holds a ResidualNet, and the settings ask for a DigitNet" in capsys.readouterr().err
+    assert digitnet(*last) == 0

@@ -16,7 +16,7 @@ from digitnet.augment import RandomAffine
 from digitnet.calibration import MIN_CONFIDENCE, Calibration, Detector
 from digitnet.data import DigitDataset
 from digitnet.machine import choose_precision
-from digitnet.model import Committee, DigitNet
+from digitnet.model import Network
 from digitnet.near_misses import blur, make_near_misses
 
 TARGET_ACCURACY = 0.999  # of the answers that are not called uncertain
@@ -26,7 +26,7 @@ NUM_EPOCHS, BATCH_SIZE, MAX_LR = 15, 128, 2e-3  # of the detector's training
 
 
 def fit_calibration(
-    net: DigitNet | Committee, train: DigitDataset, val: DigitDataset, num_digits: int, seed: int = 0
+    net: Network, train: DigitDataset, val: DigitDataset, num_digits: int, seed: int = 0
 ) -> Calibration:
     """Fit a calibration to a trained network.
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from digitnet.model import Committee, DigitNet
+from digitnet.model import Network
 
 MIN_CONFIDENCE = 0.5  # below, all other digits together are more likely
 
@@ -17,7 +17,7 @@ MIN_CONFIDENCE = 0.5  # below, all other digits together are more likely
 class Detector(nn.Module):
     """Tells digits from other pictures: a small network of its own, 70,443 parameters.
 
-    Of its own, as what DigitNet makes of a picture leaves out what makes it none of the ten. Eleven classes, the ten
+    Of its own, as what the network makes of a picture leaves out what makes it none of the ten. Eleven classes, the ten
     digits and everything else: it tells more than one that need only learn "digit or not". Source of the eleventh:
     Thulasidasan et al. 2021, arXiv 2105.07107.
     """
@@ -89,14 +89,14 @@ class Calibration(nn.Module):
 
 
 class CalibratedNet(nn.Module):
-    """A DigitNet and its calibration in one: from images to answers.
+    """A network and its calibration in one: from images to answers.
 
     Args:
         net: the network.
         calibration: what its answers are worth.
     """
 
-    def __init__(self, net: DigitNet | Committee, calibration: Calibration) -> None:
+    def __init__(self, net: Network, calibration: Calibration) -> None:
         super().__init__()
         self.net = net
         self.calibration = calibration

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from digitnet.files import replace_whole
-from digitnet.model import Committee, DigitNet
+from digitnet.model import Committee, DigitNet, Network, ResidualNet
 
 LOG_DIR = Path("lightning_logs")
 FIT_HINT = "python -m digitnet fit --config configs/final.yaml"
@@ -82,13 +82,22 @@ def verify_checkpoint(path: Path, to_resume: bool = False) -> dict[str, Any]:
     return checkpoint
 
 
-def make_net(checkpoint: dict[str, Any]) -> DigitNet | Committee:
+def make_net(checkpoint: dict[str, Any]) -> Network:
     """An untrained network of the kind that a checkpoint's ``state_dict`` holds the weights of."""
-    members = {str(name).split(".")[2] for name in checkpoint["state_dict"] if str(name).startswith("net.members.")}
-    return Committee([DigitNet() for _ in members]) if members else DigitNet()
+    names = [str(name).removeprefix("net.") for name in checkpoint["state_dict"]]
+    members: dict[str, list[str]] = {}  # by number
+    for name in names:
+        if name.startswith("members."):
+            _, number, name_in_member = name.split(".", 2)
+            members.setdefault(number, []).append(name_in_member)
+    return Committee([_make_single(each) for each in members.values()]) if members else _make_single(names)
 
 
-def load_net(path: Path) -> tuple[DigitNet | Committee, dict[str, Any]]:
+def _make_single(names: list[str]) -> DigitNet | ResidualNet:
+    return ResidualNet() if "block1.conv.weight" in names else DigitNet()
+
+
+def load_net(path: Path) -> tuple[Network, dict[str, Any]]:
     """The network of a checkpoint, in evaluation mode, and all that the file holds; nothing in it is executed.
 
     Raises:

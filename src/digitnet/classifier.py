@@ -1,8 +1,8 @@
-"""DigitClassifier: the training system around DigitNet."""
+"""DigitClassifier: the training system around a network."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -16,20 +16,21 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from digitnet.checkpoints import make_net
 from digitnet.distillation import Teacher
-from digitnet.model import Committee, DigitNet
+from digitnet.model import ARCHITECTURES, Network
 from digitnet.selection import HardExamples
 
 Batch = tuple[Tensor, Tensor]
 
 
 class DigitClassifier(L.LightningModule):
-    """Trains and scores a DigitNet: cross-entropy loss, accuracy, any torch optimizer and schedule.
+    """Trains and scores a network: cross-entropy loss, accuracy, any torch optimizer and schedule.
 
     Batches are ``(images, labels)``: images (B, 1, 28, 28) uint8, labels (B,) int64. Metrics are updated every step
     and logged once an epoch (``train/loss``, ``train/acc``, ``val/...``, ``test/...``), as logging costs more.
 
     Args:
-        dropout: probability of dropping a unit after each hidden dense layer, in [0, 1).
+        architecture: "digitnet", the write-up's network, or "residual", digitnet.ResidualNet.
+        dropout: probability of dropping a unit before each dense layer but the first of several, in [0, 1).
         conv_dropout: probability of dropping a value after each pooling, in [0, 1).
         optimizer: any torch optimizer, by class path or name; its arguments follow as ``init_args``.
         lr_scheduler: any torch learning-rate schedule, stepped once an epoch (OneCycleLR and CyclicLR: once a step);
@@ -44,6 +45,7 @@ class DigitClassifier(L.LightningModule):
 
     def __init__(
         self,
+        architecture: Literal["digitnet", "residual"] = "digitnet",
         dropout: float = 0.2,
         conv_dropout: float = 0.0,
         # A lambda, because the command line can read its defaults back; epsilon is Keras', PyTorch's is 1e-8.
@@ -61,7 +63,7 @@ class DigitClassifier(L.LightningModule):
         self.selection = selection
         self.teacher = teacher
         self.channels_last = channels_last
-        self.net: DigitNet | Committee = DigitNet(dropout=dropout, conv_dropout=conv_dropout)
+        self.net: Network = ARCHITECTURES[architecture](dropout=dropout, conv_dropout=conv_dropout)
         self.metrics = nn.ModuleDict()
         for stage in ("train", "val", "test"):
             self.metrics[f"{stage}/loss"] = MeanMetric(nan_strategy="disable")  # or it would hide a NaN loss
@@ -85,9 +87,15 @@ class DigitClassifier(L.LightningModule):
         if self.selection is not None and "selection" in checkpoint:
             self.selection.load_state_dict(checkpoint["selection"])
         net = make_net(checkpoint)
-        if isinstance(net, Committee):  # trained apart, scored together
-            self.net = net
-            self._choose_memory_format()
+        if type(net) is type(self.net):
+            return
+        if self._trainer is not None and self.trainer.training:
+            raise ValueError(
+                f"the checkpoint holds a {type(net).__name__}, and the settings ask for a {type(self.net).__name__}; "
+                "leave model.architecture as it was, or train anew"
+            )
+        self.net = net  # what is scored is what the file holds
+        self._choose_memory_format()
 
     def setup(self, stage: str) -> None:
         self._choose_memory_format()

@@ -1,8 +1,4 @@
-"""DigitNet: the network, plain ``torch.nn``.
-
-Source: the write-up's Keras model, layer for layer. The order of pooling and ReLU is swapped, which changes no value
-(a maximum commutes with a monotone function) and leaves a quarter of the pixels for the ReLU.
-"""
+"""DigitNet, the write-up's network, and ResidualNet, a stronger one of three times its size: plain ``torch.nn``."""
 
 from __future__ import annotations
 
@@ -15,9 +11,14 @@ from torch import Tensor, nn
 
 from digitnet.winograd import Conv3x3
 
+NORM_MOMENTUM = 0.02  # the running statistics are the mean of about the last 50 steps
+
 
 class DigitNet(nn.Module):
     """Five convolutions and three dense layers: 28x28 pixels in, ten logits out, 1,413,834 parameters.
+
+    Source: the write-up's Keras model, layer for layer. The order of pooling and ReLU is swapped, which changes no
+    value (a maximum commutes with a monotone function) and leaves a quarter of the pixels for the ReLU.
 
     Differs from Keras: no softmax at the end (the loss takes logits), and the flattened features are ordered
     channel-height-width instead of height-width-channel.
@@ -32,9 +33,7 @@ class DigitNet(nn.Module):
 
     def __init__(self, dropout: float = 0.2, conv_dropout: float = 0.0) -> None:
         super().__init__()
-        for name, value in (("dropout", dropout), ("conv_dropout", conv_dropout)):
-            if not 0 <= value < 1:
-                raise ValueError(f"{name} is {value}; it is a probability and must lie in [0, 1)")
+        _check_dropouts(dropout=dropout, conv_dropout=conv_dropout)
         self.conv1 = nn.Conv2d(1, 64, kernel_size=7, padding=3)
         self.conv2 = Conv3x3(64, 128)
         self.conv3 = Conv3x3(128, 128, pooled=True)
@@ -57,7 +56,7 @@ class DigitNet(nn.Module):
         Returns:
             Logits (B, 10), unbounded; their softmax is the probability of each digit.
         """
-        x = images.to(self.conv1.weight.dtype) / 255 if images.dtype == torch.uint8 else images  # (B, 1, 28, 28)
+        x = _to_levels(images, self.conv1)  # (B, 1, 28, 28)
         x = self.conv_dropout(F.relu(self.pool(self.conv1(x))))  # (B, 64, 14, 14)
         x = F.relu(self.conv2(x))  # (B, 128, 14, 14)
         x = self.conv_dropout(F.relu(self.pool(self.conv3(x))))  # (B, 128, 7, 7)
@@ -69,6 +68,60 @@ class DigitNet(nn.Module):
         return self.fc3(x)  # (B, 10)
 
 
+class ResidualNet(nn.Module):
+    """Six convolutions with batch normalization and shortcuts, no hidden dense layer: 4,587,914 parameters.
+
+    Source: the network of github.com/ttdoucet/mnist (99.738 % on the 10,000 test images). Differs from it: one
+    convolution at 28x28 pixels instead of two, of 7x7 as in DigitNet, as these cost a third of the arithmetic; dropout.
+
+    Args:
+        dropout: probability of dropping a feature before the dense layer, in [0, 1).
+        conv_dropout: probability of dropping a value after each of the three poolings, in [0, 1).
+
+    Raises:
+        ValueError: when a probability lies outside [0, 1).
+    """
+
+    def __init__(self, dropout: float = 0.0, conv_dropout: float = 0.0) -> None:
+        super().__init__()
+        _check_dropouts(dropout=dropout, conv_dropout=conv_dropout)
+        self.conv1 = nn.Conv2d(1, 128, kernel_size=7, padding=3)
+        self.block1 = ResidualBlock(128)
+        self.norm2, self.conv2 = nn.BatchNorm2d(128, momentum=NORM_MOMENTUM), Conv3x3(128, 256)
+        self.block2 = ResidualBlock(256)
+        self.norm3, self.conv3 = nn.BatchNorm2d(256, momentum=NORM_MOMENTUM), Conv3x3(256, 512)
+        self.block3 = ResidualBlock(512)
+        self.norm4, self.fc = nn.BatchNorm2d(512, momentum=NORM_MOMENTUM), nn.Linear(512, 10)
+        self.pool = nn.MaxPool2d(2, ceil_mode=True)
+        self.dropout = nn.Dropout(dropout)
+        self.conv_dropout = nn.Dropout(conv_dropout)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, 10) of images (B, 1, 28, 28), uint8 in [0, 255] or floating point in [0, 1]."""
+        x = _to_levels(images, self.conv1)  # (B, 1, 28, 28)
+        x = self.conv_dropout(F.relu(self.pool(self.conv1(x))))  # (B, 128, 14, 14)
+        x = self.block1(x)
+        x = self.conv_dropout(F.relu(self.pool(self.conv2(self.norm2(x)))))  # (B, 256, 7, 7)
+        x = self.block2(x)
+        x = self.conv_dropout(F.relu(self.pool(self.conv3(self.norm3(x)))))  # (B, 512, 4, 4)
+        x = self.block3(x)
+        x = self.norm4(x).mean(dim=(2, 3))  # (B, 512)
+        return self.fc(self.dropout(x))
+
+
+class ResidualBlock(nn.Module):
+    """A normalized image plus what a convolution makes of it; shape (B, C, H, W) in and out."""
+
+    def __init__(self, num_channels: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(num_channels, momentum=NORM_MOMENTUM)
+        self.conv = Conv3x3(num_channels, num_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        return x + F.relu(self.conv(x))
+
+
 class Committee(nn.Module):
     """Several networks as one, whose probabilities are the mean of theirs.
 
@@ -76,7 +129,7 @@ class Committee(nn.Module):
         members: the networks, one or more.
     """
 
-    def __init__(self, members: Sequence[DigitNet]) -> None:
+    def __init__(self, members: Sequence[DigitNet | ResidualNet]) -> None:
         super().__init__()
         self.members = nn.ModuleList(members)
 
@@ -84,6 +137,10 @@ class Committee(nn.Module):
         """Logits (B, 10) of images (B, 1, 28, 28): logarithms of the mean probabilities."""
         log_probabilities = torch.stack([member(images).log_softmax(dim=1) for member in self.members])  # (M, B, 10)
         return log_probabilities.logsumexp(dim=0) - math.log(len(self.members))
+
+
+Network = DigitNet | ResidualNet | Committee
+ARCHITECTURES: dict[str, type[DigitNet] | type[ResidualNet]] = {"digitnet": DigitNet, "residual": ResidualNet}
 
 
 def init_he_normal(module: nn.Module) -> None:
@@ -99,3 +156,14 @@ def init_he_normal(module: nn.Module) -> None:
         nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
         assert module.bias is not None
         nn.init.zeros_(module.bias)
+
+
+def _check_dropouts(**dropouts: float) -> None:
+    for name, value in dropouts.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"{name} is {value}; it is a probability and must lie in [0, 1)")
+
+
+def _to_levels(images: Tensor, first: nn.Conv2d) -> Tensor:
+    """Images in [0, 1]: uint8 ones are scaled, in the precision of the first layer's weights."""
+    return images.to(first.weight.dtype) / 255 if images.dtype == torch.uint8 else images

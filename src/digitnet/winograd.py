@@ -148,7 +148,7 @@ class WinogradFunction(torch.autograd.Function):
         d_padded[:, :rows, :, 1:, :2] += d_tiles[:, :, :tile, :, tile:]
         d_padded[:, 1:, :2, 1:, :2] += d_tiles[:, :, tile:, :, tile:]
         d_padded = d_padded.view(num, (rows + 1) * tile, (columns + 1) * tile, channels)
-        d_images = d_padded[:, 1 : size[0] + 1, 1 : size[1] + 1]
+        d_images = d_padded[:, 1 : size[0] + 1, 1 : size[1] + 1].contiguous()  # batch norm is slow on gaps
         return d_images.permute(0, 3, 1, 2), d_weight, d_bias, None, None
 
 

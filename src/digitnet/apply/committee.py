@@ -12,7 +12,7 @@ from digitnet.calibrate import fit_calibration, fit_max_score
 from digitnet.calibration import Calibration
 from digitnet.checkpoints import load_net, save_checkpoint
 from digitnet.data import MNISTDataModule
-from digitnet.model import Committee, DigitNet
+from digitnet.model import Committee
 
 
 def committee(checkpoints: list[Path], output: Path = Path("committee.ckpt"), data_dir: str | None = None) -> None:
@@ -41,7 +41,7 @@ def committee(checkpoints: list[Path], output: Path = Path("committee.ckpt"), da
     data = {"source": "mnist", "split": (60_000, 5_000, 5_000)} | _data_of(first)
     members = []
     for path, (net, checkpoint) in zip(paths, loaded, strict=True):
-        if not isinstance(net, DigitNet):
+        if isinstance(net, Committee):
             raise ValueError(f"{path} is a committee already; give its members")
         if _data_of(checkpoint) != _data_of(first):
             raise ValueError(f"{path} was trained on {_data_of(checkpoint)}, {paths[0]} on {_data_of(first)}")

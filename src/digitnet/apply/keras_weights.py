@@ -253,12 +253,14 @@ def load_checkpoint(path: Path) -> dict[str, Tensor]:
         FileNotFoundError: there is no such file.
         ValueError: damaged, not a checkpoint, or another architecture's.
     """
-    from digitnet.checkpoints import verify_checkpoint
+    from digitnet.checkpoints import load_net
 
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    tensors = verify_checkpoint(path)["state_dict"]
-    return {name.removeprefix("net."): tensor for name, tensor in tensors.items() if name.startswith("net.")}
+    net = load_net(path)[0]
+    if not isinstance(net, DigitNet):
+        raise ValueError(f"{path} holds a {type(net).__name__}; the write-up's Keras model is a DigitNet")
+    return net.state_dict()
 
 
 def save_checkpoint(state_dict: Mapping[str, Tensor], path: Path) -> None:

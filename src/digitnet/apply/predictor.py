@@ -11,7 +11,7 @@ import torch
 
 from digitnet.calibration import CalibratedNet, Calibration
 from digitnet.checkpoints import find_newest, load_net
-from digitnet.model import Committee, DigitNet
+from digitnet.model import Network
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class Predictor:
         calibration: what its answers are worth; the default changes nothing.
     """
 
-    def __init__(self, net: DigitNet | Committee, calibration: Calibration | None = None) -> None:
+    def __init__(self, net: Network, calibration: Calibration | None = None) -> None:
         # float32 also where bfloat16 would be faster: the same image reads the same on every machine.
         net = net.float().to(memory_format=torch.channels_last)
         self.model = CalibratedNet(net, calibration or Calibration()).eval()

@@ -17,7 +17,7 @@ from digitnet.checkpoints import choose_resumable, find_run, load_net, verify_ch
 from digitnet.cli import main
 from digitnet.data import MNISTDataModule
 from digitnet.machine import describe_hardware, list_versions
-from digitnet.model import Committee, DigitNet
+from digitnet.model import Network
 from digitnet.study.ablation import FIRST_SEED, load_row, measure_seconds, parse_shard, resolve
 from digitnet.study.page import write_file
 from digitnet.study.report import KNOWN_WRONG
@@ -111,7 +111,7 @@ def score(run: Path, seed: int, num_epochs: int, module: MNISTDataModule) -> dic
     }
 
 
-def count_mistakes(net: DigitNet | Committee, images: Tensor, labels: Tensor) -> tuple[list[int], list[int]]:
+def count_mistakes(net: Network, images: Tensor, labels: Tensor) -> tuple[list[int], list[int]]:
     """Where a network is wrong: positions among the images, for the image alone and for the mean over its shifts.
 
     Args:
