@@ -29,7 +29,8 @@ class DigitClassifier(L.LightningModule):
     and logged once an epoch (``train/loss``, ``train/acc``, ``val/...``, ``test/...``), as logging costs more.
 
     Args:
-        architecture: "digitnet", the write-up's network, or "residual", digitnet.ResidualNet.
+        architecture: "digitnet", the write-up's network; "digitnet_bn", the same, trained with batch normalization that
+            is folded into its layers afterwards; or "residual", digitnet.model.ResidualNet.
         dropout: probability of dropping a unit before each dense layer but the first of several, in [0, 1).
         conv_dropout: probability of dropping a value after each pooling, in [0, 1).
         optimizer: any torch optimizer, by class path or name; its arguments follow as ``init_args``.
@@ -45,7 +46,7 @@ class DigitClassifier(L.LightningModule):
 
     def __init__(
         self,
-        architecture: Literal["digitnet", "residual"] = "digitnet",
+        architecture: Literal["digitnet", "digitnet_bn", "residual"] = "digitnet",
         dropout: float = 0.2,
         conv_dropout: float = 0.0,
         # A lambda, because the command line can read its defaults back; epsilon is Keras', PyTorch's is 1e-8.
@@ -63,7 +64,7 @@ class DigitClassifier(L.LightningModule):
         self.selection = selection
         self.teacher = teacher
         self.channels_last = channels_last
-        self.net: Network = ARCHITECTURES[architecture](dropout=dropout, conv_dropout=conv_dropout)
+        self.net: Network = ARCHITECTURES[architecture](dropout, conv_dropout)
         self.metrics = nn.ModuleDict()
         for stage in ("train", "val", "test"):
             self.metrics[f"{stage}/loss"] = MeanMetric(nan_strategy="disable")  # or it would hide a NaN loss
@@ -87,15 +88,10 @@ class DigitClassifier(L.LightningModule):
         if self.selection is not None and "selection" in checkpoint:
             self.selection.load_state_dict(checkpoint["selection"])
         net = make_net(checkpoint)
-        if type(net) is type(self.net):
-            return
-        if self._trainer is not None and self.trainer.training:
-            raise ValueError(
-                f"the checkpoint holds a {type(net).__name__}, and the settings ask for a {type(self.net).__name__}; "
-                "leave model.architecture as it was, or train anew"
-            )
-        self.net = net  # what is scored is what the file holds
-        self._choose_memory_format()
+        is_scored = self._trainer is None or not self.trainer.training
+        if is_scored and net.state_dict().keys() != self.net.state_dict().keys():
+            self.net = net  # what is scored is what the file holds: of another architecture, or a committee
+            self._choose_memory_format()
 
     def setup(self, stage: str) -> None:
         self._choose_memory_format()
