@@ -18,6 +18,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from digitnet.calibrate import fit_calibration
@@ -95,7 +96,8 @@ class AverageWeights(WeightAveraging):
     ``current_model_state`` the weights that training goes on with.
 
     Args:
-        decay: share of the old average that each step keeps, in [0, 1); 0.99 averages about the last 100 steps.
+        decay: share of the old average that each step keeps, in [0, 1); 0.99 averages about the last 100 steps. Of the
+            first steps each keeps less, n / (n + 10) after n, so that how the weights began is soon forgotten.
 
     Raises:
         ValueError: ``decay`` lies outside its range.
@@ -104,7 +106,12 @@ class AverageWeights(WeightAveraging):
     def __init__(self, decay: float = 0.99) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"decay is {decay}; it is the share that each step keeps, from 0 to below 1")
-        super().__init__(multi_avg_fn=get_ema_multi_avg_fn(decay))
+        self.decay = decay
+        super().__init__(multi_avg_fn=self._average)
+
+    def _average(self, averages: list[Tensor], currents: list[Tensor], num_averaged: Tensor | int) -> None:
+        num = int(num_averaged)
+        get_ema_multi_avg_fn(min(self.decay, num / (num + 10)))(averages, currents, num)
 
 
 class RestoreBestWeights(Callback):
