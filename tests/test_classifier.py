@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from copy import deepcopy
 from pathlib import Path
 
 import lightning as L
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from digitnet.checkpoints import verify_checkpoint
 from digitnet.classifier import DigitClassifier
+from digitnet.selection import HardExamples
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 
@@ -56,6 +58,16 @@ class Bomb:
 
     def __reduce__(self) -> tuple[object, ...]:
         return (Path.touch, (self.path,))
+
+
+def test_a_copy_has_weights_of_its_own_and_shares_what_trains_it() -> None:
+    module = DigitClassifier(optimizer=torch.optim.SGD, selection=HardExamples())
+    copy = deepcopy(module)
+    assert copy.selection is module.selection
+    assert copy.optimizer is module.optimizer
+    for (name, mine), theirs in zip(module.state_dict().items(), copy.state_dict().values(), strict=True):
+        assert torch.equal(mine, theirs), name
+        assert mine.data_ptr() != theirs.data_ptr(), name
 
 
 def test_foreign_checkpoints_are_refused_in_one_line(tmp_path: Path) -> None:

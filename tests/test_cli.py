@@ -190,7 +190,8 @@ def test_quickstart_reaches_97_percent_in_validation(digitnet: Run, tmp_path: Pa
 
 def test_two_processes_make_one_run_and_count_each_image_once(trained_run: Path, digitnet: Run, tmp_path: Path) -> None:
     ddp = ("--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.precision=32-true")
-    command = [sys.executable, "-m", "digitnet", "fit", "--config", str(QUICKSTART), *map(str, SHORT), *ddp]
+    average = "--trainer.callbacks+=digitnet.callbacks.AverageWeights"  # copies the module, in each process
+    command = [sys.executable, "-m", "digitnet", "fit", "--config", str(QUICKSTART), *map(str, SHORT), *ddp, average]
     subprocess.run([*command, "--data.split=[1298,250,249]"], cwd=tmp_path, check=True, capture_output=True)
     runs = list((tmp_path / "lightning_logs" / "quickstart").iterdir())
     assert [run.name for run in runs] == ["version_0"]

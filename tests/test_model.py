@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -12,8 +11,7 @@ import torch.nn.functional as F
 from conftest import QUICKSTART, SHORT, Run
 
 from digitnet.checkpoints import load_net, make_net
-from digitnet.data import load_bundled_digits
-from digitnet.model import BatchNorm, Committee, DigitNet, ResidualNet
+from digitnet.model import Committee, DigitNet, ResidualNet
 
 
 def test_parameters_per_layer_are_the_write_ups() -> None:
@@ -81,38 +79,6 @@ def test_pixels_follow_the_precision_of_the_weights(dtype: torch.dtype) -> None:
     assert net(images).dtype == dtype
 
 
-@pytest.mark.parametrize("shape", [(6, 5), (6, 5, 4, 4)])
-def test_batch_normalization_is_pytorchs_with_the_bias_of_the_layer(shape: tuple[int, ...]) -> None:
-    layer = torch.nn.Linear(3, 5)
-    bias = layer.bias.detach().clone()
-    norm = BatchNorm(layer)
-    reference = (torch.nn.BatchNorm1d if len(shape) == 2 else torch.nn.BatchNorm2d)(5, momentum=0.02)
-    reference.load_state_dict({"bias": bias}, strict=False)
-    for training in (True, True, False):
-        x = torch.randn(shape) * 3 + 1
-        torch.testing.assert_close(norm.train(training)(x), reference.train(training)(x))
-    assert layer.bias is None
-    assert torch.equal(norm.bias, bias)
-
-
-def test_a_folded_net_is_a_plain_one_of_the_same_values() -> None:
-    torch.manual_seed(0)
-    net = DigitNet(batch_norm=True)
-    assert sum(p.numel() for p in net.parameters()) == 1_413_834
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    for _ in range(10):
-        optimizer.zero_grad()
-        F.cross_entropy(net(torch.rand(40, 1, 28, 28)), torch.randint(10, (40,))).backward()
-        optimizer.step()
-    images = torch.rand(5, 1, 28, 28)
-    folded = net.eval().fold()
-    assert folded.state_dict().keys() == DigitNet().state_dict().keys()
-    assert (net(images) - DigitNet().eval()(images)).abs().max() > 0.1
-    torch.testing.assert_close(folded(images), net(images), rtol=1e-4, atol=1e-5)
-    again = folded.fold()
-    assert torch.equal(again(images), folded(images))
-
-
 def test_residual_net_is_the_sources_without_its_second_convolution() -> None:
     # github.com/ttdoucet/mnist, mnist_model(): a block adds to the normalized image what a convolution makes of it.
     torch.manual_seed(0)
@@ -145,25 +111,11 @@ def test_residual_net_is_the_sources_without_its_second_convolution() -> None:
 
 
 def test_an_architecture_is_told_by_its_weights() -> None:
-    together = Committee([ResidualNet(), DigitNet(), DigitNet(batch_norm=True)])
+    together = Committee([ResidualNet(), DigitNet(), ResidualNet()])
     for net in (*together.members, together):
         made = make_net({"state_dict": {f"net.{name}": weight for name, weight in net.state_dict().items()}})
         made.load_state_dict(net.state_dict())
         assert str(made) == str(net)
-
-
-def test_batch_normalization_is_gone_from_what_is_used(digitnet: Run, tmp_path: Path) -> None:
-    assert digitnet("fit", "--config", QUICKSTART, "--model.architecture=digitnet_bn", *SHORT) == 0
-    (path,) = tmp_path.glob("lightning_logs/quickstart/version_*/checkpoints/best.ckpt")
-    net, checkpoint = load_net(path)
-    assert "net.norms.0.var" in checkpoint["state_dict"]
-    assert net.state_dict().keys() == DigitNet().state_dict().keys()
-    assert digitnet("test", "--ckpt_path", path) == 0
-    scored = json.loads((path.parents[1] / "report" / "metrics.json").read_text())
-    digits = load_bundled_digits()
-    with torch.no_grad():
-        predictions = net(torch.from_numpy(digits.images[-180:])[:, None]).argmax(dim=1).numpy()
-    assert scored["num_errors"] == (predictions != digits.labels[-180:]).sum()
 
 
 def test_a_residual_net_is_trained_scored_and_gone_on_with(

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from digitnet.data import MNISTDataModule, fetch_digits
     from digitnet.distillation import Teacher
     from digitnet.disturb import RandomDisturbance
-    from digitnet.model import DigitNet
+    from digitnet.model import DigitNet, ResidualNet
     from digitnet.selection import HardExamples
 
 __version__ = "0.1.0"
@@ -21,6 +21,7 @@ __all__ = [
     "RandomAffine",
     "RandomDisturbance",
     "RandomWarp",
+    "ResidualNet",
     "Teacher",
     "fetch_digits",
 ]
@@ -33,6 +34,7 @@ _HOMES = {
     "RandomAffine": "augment",
     "RandomDisturbance": "disturb",
     "RandomWarp": "augment",
+    "ResidualNet": "model",
     "Teacher": "distillation",
     "fetch_digits": "data",
 }

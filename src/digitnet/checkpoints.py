@@ -94,13 +94,11 @@ def make_net(checkpoint: dict[str, Any]) -> Network:
 
 
 def _make_single(names: list[str]) -> DigitNet | ResidualNet:
-    return ResidualNet() if "block1.conv.weight" in names else DigitNet(batch_norm="norms.0.mean" in names)
+    return ResidualNet() if "block1.conv.weight" in names else DigitNet()
 
 
 def load_net(path: Path) -> tuple[Network, dict[str, Any]]:
     """The network of a checkpoint, in evaluation mode, and all that the file holds; nothing in it is executed.
-
-    Batch normalization of a DigitNet is folded into its layers.
 
     Raises:
         ValueError: the file is not a DigitClassifier's checkpoint.
@@ -108,7 +106,7 @@ def load_net(path: Path) -> tuple[Network, dict[str, Any]]:
     checkpoint = verify_checkpoint(path)
     net = make_net(checkpoint)
     net.load_state_dict({name: checkpoint["state_dict"][f"net.{name}"] for name in net.state_dict()})
-    return (net.fold() if isinstance(net, DigitNet) else net).eval(), checkpoint
+    return net.eval(), checkpoint
 
 
 def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:

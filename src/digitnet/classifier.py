@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from copy import deepcopy
+from typing import Any, Literal, Self
 
 import lightning as L
 import torch
@@ -29,8 +30,7 @@ class DigitClassifier(L.LightningModule):
     and logged once an epoch (``train/loss``, ``train/acc``, ``val/...``, ``test/...``), as logging costs more.
 
     Args:
-        architecture: "digitnet", the write-up's network; "digitnet_bn", the same, trained with batch normalization that
-            is folded into its layers afterwards; or "residual", digitnet.model.ResidualNet.
+        architecture: "digitnet", the write-up's network, or "residual", digitnet.ResidualNet.
         dropout: probability of dropping a unit before each dense layer but the first of several, in [0, 1).
         conv_dropout: probability of dropping a value after each pooling, in [0, 1).
         optimizer: any torch optimizer, by class path or name; its arguments follow as ``init_args``.
@@ -46,7 +46,7 @@ class DigitClassifier(L.LightningModule):
 
     def __init__(
         self,
-        architecture: Literal["digitnet", "digitnet_bn", "residual"] = "digitnet",
+        architecture: Literal["digitnet", "residual"] = "digitnet",
         dropout: float = 0.2,
         conv_dropout: float = 0.0,
         # A lambda, because the command line can read its defaults back; epsilon is Keras', PyTorch's is 1e-8.
@@ -69,6 +69,18 @@ class DigitClassifier(L.LightningModule):
         for stage in ("train", "val", "test"):
             self.metrics[f"{stage}/loss"] = MeanMetric(nan_strategy="disable")  # or it would hide a NaN loss
             self.metrics[f"{stage}/acc"] = MulticlassAccuracy(num_classes=10, average="micro")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy with weights of its own, as AverageWeights makes; what it is trained with is shared.
+
+        The command line's optimizer hangs on to the whole Trainer, which holds locks where it started processes.
+        """
+        for part in (self.optimizer, self.lr_scheduler, self.selection, self.teacher):
+            memo[id(part)] = part
+        duplicate = type(self).__new__(type(self))
+        memo[id(self)] = duplicate
+        vars(duplicate).update(deepcopy(self.__getstate__(), memo))
+        return duplicate
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, 10) of images (B, 1, 28, 28), uint8 in [0, 255] or float in [0, 1]."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -27,14 +26,12 @@ class DigitNet(nn.Module):
     Args:
         dropout: probability of dropping a unit after each of the two hidden dense layers, in [0, 1).
         conv_dropout: probability of dropping a value after each of the three poolings, in [0, 1).
-        batch_norm: whether to train with batch normalization after each layer but the last, which ``fold`` then makes
-            part of these layers: no parameter more, and as trained a DigitNet like any other.
 
     Raises:
         ValueError: when a probability lies outside [0, 1).
     """
 
-    def __init__(self, dropout: float = 0.2, conv_dropout: float = 0.0, batch_norm: bool = False) -> None:
+    def __init__(self, dropout: float = 0.2, conv_dropout: float = 0.0) -> None:
         super().__init__()
         _check_dropouts(dropout=dropout, conv_dropout=conv_dropout)
         self.conv1 = nn.Conv2d(1, 64, kernel_size=7, padding=3)
@@ -49,8 +46,6 @@ class DigitNet(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.conv_dropout = nn.Dropout(conv_dropout)
         self.apply(init_he_normal)
-        layers = (self.conv1, self.conv2, self.conv3, self.conv4, self.conv5, self.fc1, self.fc2)
-        self.norms = nn.ModuleList([BatchNorm(layer) if batch_norm else nn.Identity() for layer in layers])
 
     def forward(self, images: Tensor) -> Tensor:
         """Score each image for each digit.
@@ -62,63 +57,15 @@ class DigitNet(nn.Module):
             Logits (B, 10), unbounded; their softmax is the probability of each digit.
         """
         x = _to_levels(images, self.conv1)  # (B, 1, 28, 28)
-        norm1, norm2, norm3, norm4, norm5, norm6, norm7 = self.norms  # without batch_norm they do nothing
-        x = self.conv_dropout(F.relu(norm1(self.pool(self.conv1(x)))))  # (B, 64, 14, 14)
-        x = F.relu(norm2(self.conv2(x)))  # (B, 128, 14, 14)
-        x = self.conv_dropout(F.relu(norm3(self.pool(self.conv3(x)))))  # (B, 128, 7, 7)
-        x = F.relu(norm4(self.conv4(x)))  # (B, 256, 7, 7)
-        x = self.conv_dropout(F.relu(norm5(self.pool(self.conv5(x)))))  # (B, 256, 3, 3)
+        x = self.conv_dropout(F.relu(self.pool(self.conv1(x))))  # (B, 64, 14, 14)
+        x = F.relu(self.conv2(x))  # (B, 128, 14, 14)
+        x = self.conv_dropout(F.relu(self.pool(self.conv3(x))))  # (B, 128, 7, 7)
+        x = F.relu(self.conv4(x))  # (B, 256, 7, 7)
+        x = self.conv_dropout(F.relu(self.pool(self.conv5(x))))  # (B, 256, 3, 3)
         x = x.flatten(1)  # (B, 2304)
-        x = self.dropout(F.relu(norm6(self.fc1(x))))  # (B, 128)
-        x = self.dropout(F.relu(norm7(self.fc2(x))))  # (B, 64)
+        x = self.dropout(F.relu(self.fc1(x)))  # (B, 128)
+        x = self.dropout(F.relu(self.fc2(x)))  # (B, 64)
         return self.fc3(x)  # (B, 10)
-
-    @torch.no_grad()
-    def fold(self) -> DigitNet:
-        """This network without batch normalization: a plain one of the same values when scoring."""
-        folded = DigitNet(self.dropout.p, self.conv_dropout.p)
-        state = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("norms.")}
-        layers = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc1", "fc2")
-        for name, norm in zip(layers, self.norms, strict=True):
-            if isinstance(norm, BatchNorm):
-                scale = (norm.var + norm.eps).rsqrt()  # (C,)
-                weight = state[f"{name}.weight"]
-                state[f"{name}.weight"] = weight * scale.view(-1, *[1] * (weight.ndim - 1))
-                state[f"{name}.bias"] = norm.bias - norm.mean * scale
-        folded.load_state_dict(state)
-        return folded.train(self.training)
-
-
-class BatchNorm(nn.Module):
-    """Batch normalization with the bias of the layer before it, which loses its own, and without a gain.
-
-    A gain would be one factor twice, as ReLU and pooling pass it on to the next layer's weights; and a positive factor
-    alone may trade places with a pooling.
-
-    Source: Ioffe and Szegedy 2015, Batch Normalization, arXiv 1502.03167.
-
-    Args:
-        layer: convolution or dense layer, whose channels are normalized.
-    """
-
-    mean: Tensor  # (C,), of the last steps
-    var: Tensor
-
-    def __init__(self, layer: nn.Conv2d | nn.Linear) -> None:
-        super().__init__()
-        assert layer.bias is not None
-        self.bias = layer.bias
-        layer.bias = None  # the normalization would subtract it again
-        self.eps = 1e-5
-        self.register_buffer("mean", torch.zeros_like(self.bias.detach()))
-        self.register_buffer("var", torch.ones_like(self.bias.detach()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Shape (B, C) or (B, C, H, W) in and out."""
-        if x.ndim == 4:
-            x = x.contiguous(memory_format=torch.channels_last)  # on a view with gaps it takes ten times as long
-        gain = torch.ones_like(self.bias)  # and without one, three times
-        return F.batch_norm(x, self.mean, self.var, gain, self.bias, self.training, NORM_MOMENTUM, self.eps)
 
 
 class ResidualNet(nn.Module):
@@ -193,11 +140,7 @@ class Committee(nn.Module):
 
 
 Network = DigitNet | ResidualNet | Committee
-ARCHITECTURES: dict[str, Callable[[float, float], DigitNet | ResidualNet]] = {
-    "digitnet": DigitNet,
-    "digitnet_bn": partial(DigitNet, batch_norm=True),
-    "residual": ResidualNet,
-}
+ARCHITECTURES: dict[str, type[DigitNet] | type[ResidualNet]] = {"digitnet": DigitNet, "residual": ResidualNet}
 
 
 def init_he_normal(module: nn.Module) -> None:
