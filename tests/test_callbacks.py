@@ -36,12 +36,11 @@ def test_average_of_the_weights_by_hand() -> None:
     trainer = L.Trainer(
         max_epochs=1, limit_train_batches=6, limit_val_batches=1, num_sanity_val_steps=0, accelerator="cpu",
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        callbacks=[AverageWeights(0.25), snapshots],
+        callbacks=[AverageWeights(0.75), snapshots],
     )  # fmt: skip
     trainer.fit(model, MNISTDataModule(source="digits", split=(1437, 180, 180)))
-    average = snapshots.steps[0]
-    for kept, weights in zip((1 / 11, 2 / 12, 3 / 13, 0.25, 0.25), snapshots.steps[1:], strict=True):
-        average = kept * average + (1 - kept) * weights
+    counts = [0.75**age for age in range(6)][::-1]
+    average = sum(count * weights for count, weights in zip(counts, snapshots.steps, strict=True)) / sum(counts)
     torch.testing.assert_close(snapshots.validated, average)
     torch.testing.assert_close(model.net.fc3.weight.detach(), average)
 

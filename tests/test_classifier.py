@@ -89,6 +89,7 @@ def test_foreign_checkpoints_are_refused_in_one_line(tmp_path: Path) -> None:
     resized = {**good["state_dict"], "net.fc3.weight": torch.zeros(26, 64)}
     torch.save({**good, "state_dict": resized}, tmp_path / "resized.ckpt")
     torch.save({**good, "state_dict": {"encoder.weight": torch.zeros(3)}}, tmp_path / "other.ckpt")
+    torch.save({**good, "state_dict": {"net.members.0": torch.zeros(3)}}, tmp_path / "member.ckpt")
     (tmp_path / "bomb.ckpt").write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
     expected = {
         "missing": "no such file",
@@ -100,6 +101,7 @@ def test_foreign_checkpoints_are_refused_in_one_line(tmp_path: Path) -> None:
         "listed": "its state_dict is no dict",
         "resized": r"another architecture: net.fc3.weight should be \[10, 64\], and is \[26, 64\]",
         "other": "another architecture: encoder.weight should be none",
+        "member": "another architecture: net.members.0 should be none",
         "bomb": "not a checkpoint that can be read safely",
     }
     for name, reason in expected.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import torch.nn.functional as F
 from conftest import QUICKSTART, SHORT, Run
 
 from digitnet.checkpoints import load_net, make_net
+from digitnet.classifier import DigitClassifier
+from digitnet.data import load_bundled_digits
 from digitnet.model import Committee, DigitNet, ResidualNet
 
 
@@ -84,8 +87,10 @@ def test_residual_net_is_the_sources_without_its_second_convolution() -> None:
     torch.manual_seed(0)
     net = ResidualNet()
     images = torch.rand(40, 1, 28, 28)
-    for _ in range(2):
-        net(images)  # statistics to normalize by
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            for name in ("weight", "bias", "running_mean", "running_var"):
+                torch.nn.init.uniform_(getattr(module, name), 0.5, 2)
     net.eval()
     state = net.state_dict()
 
@@ -121,14 +126,42 @@ def test_an_architecture_is_told_by_its_weights() -> None:
 def test_a_residual_net_is_trained_scored_and_gone_on_with(
     digitnet: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = (*SHORT, "--trainer.max_epochs=1")
+    flags = (*SHORT, "--trainer.callbacks+=digitnet.callbacks.AverageWeights")
     assert digitnet("fit", "--config", QUICKSTART, "--model.architecture=residual", *flags) == 0
-    (path,) = tmp_path.glob("lightning_logs/quickstart/version_*/checkpoints/best.ckpt")
-    assert isinstance(load_net(path)[0], ResidualNet)
+    run = tmp_path / "lightning_logs" / "quickstart" / "version_0"
+    path, last = run / "checkpoints" / "best.ckpt", run / "checkpoints" / "last.ckpt"
+    net = load_net(path)[0]
+    assert isinstance(net, ResidualNet)
     assert digitnet("test") == 0
+    digits = load_bundled_digits()
+    with torch.no_grad():
+        predictions = net(torch.from_numpy(digits.images[-180:])[:, None]).argmax(dim=1).numpy()
+    scored = json.loads((run / "report" / "metrics.json").read_text())
+    assert scored["num_errors"] == (predictions != digits.labels[-180:]).sum()
     assert digitnet("convert", path, "net.weights.h5") == 1
     assert "holds a ResidualNet; the write-up's Keras model is a DigitNet" in capsys.readouterr().err
-    last = ("fit", "--ckpt_path", path.with_name("last.ckpt"), "--trainer.max_epochs=2")
-    assert digitnet(*last, "--model.architecture=digitnet") == 1
+
+    before = {file: file.stat().st_mtime_ns for file in run.rglob("*")}
+    go_on = ("fit", "--ckpt_path", last, "--trainer.max_epochs=3")
+    assert digitnet(*go_on, "--model.architecture=digitnet") == 1
     assert "last.ckpt holds another architecture than digitnet" in capsys.readouterr().err
-    assert digitnet(*last) == 0
+    assert {file: file.stat().st_mtime_ns for file in run.rglob("*")} == before
+    assert digitnet(*go_on) == 0
+    assert torch.load(last, weights_only=True)["epoch"] == 2
+
+
+def test_a_committee_of_residual_nets_counts_its_parameters(
+    digitnet: Run, trained_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stored = torch.load(trained_run / "checkpoints" / "best.ckpt", weights_only=True)
+    paths = [Path("a.ckpt"), Path("b.ckpt")]
+    for path in paths:
+        weights = {f"net.{name}": weight for name, weight in ResidualNet().state_dict().items()}
+        torch.save({**stored, "state_dict": weights}, path)
+    assert digitnet("committee", *paths) == 0
+    assert f"2 networks, {2 * 4_587_914:,} parameters" in capsys.readouterr().out
+
+
+def test_an_unknown_architecture_is_refused() -> None:
+    with pytest.raises(ValueError, match="architecture is lenet; there are digitnet, residual"):
+        DigitClassifier(architecture="lenet")  # type: ignore[arg-type]

@@ -96,8 +96,8 @@ class AverageWeights(WeightAveraging):
     ``current_model_state`` the weights that training goes on with.
 
     Args:
-        decay: share of the old average that each step keeps, in [0, 1); 0.99 averages about the last 100 steps. Of the
-            first steps each keeps less, n / (n + 10) after n, so that how the weights began is soon forgotten.
+        decay: share of the old average that each step keeps, in [0, 1); 0.99 averages about the last 100 steps. The
+            first steps keep less, so that each counts as its age says, and the beginning for no more.
 
     Raises:
         ValueError: ``decay`` lies outside its range.
@@ -110,8 +110,10 @@ class AverageWeights(WeightAveraging):
         super().__init__(multi_avg_fn=self._average)
 
     def _average(self, averages: list[Tensor], currents: list[Tensor], num_averaged: Tensor | int) -> None:
-        num = int(num_averaged)
-        get_ema_multi_avg_fn(min(self.decay, num / (num + 10)))(averages, currents, num)
+        share = (1 - self.decay) / (
+            1 - self.decay ** (int(num_averaged) + 1)
+        )  # of the newest in the normalized average
+        get_ema_multi_avg_fn(1 - share)(averages, currents, num_averaged)
 
 
 class RestoreBestWeights(Callback):

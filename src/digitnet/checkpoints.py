@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from digitnet.files import replace_whole
 from digitnet.model import Committee, DigitNet, Network, ResidualNet
@@ -84,13 +84,19 @@ def verify_checkpoint(path: Path, to_resume: bool = False) -> dict[str, Any]:
 
 def make_net(checkpoint: dict[str, Any]) -> Network:
     """An untrained network of the kind that a checkpoint's ``state_dict`` holds the weights of."""
-    names = [str(name).removeprefix("net.") for name in checkpoint["state_dict"]]
+    names = [str(name).removeprefix("net.") for name in checkpoint["state_dict"] if str(name).startswith("net.")]
     members: dict[str, list[str]] = {}  # by number
     for name in names:
         if name.startswith("members."):
-            _, number, name_in_member = name.split(".", 2)
+            number, _, name_in_member = name.removeprefix("members.").partition(".")
             members.setdefault(number, []).append(name_in_member)
     return Committee([_make_single(each) for each in members.values()]) if members else _make_single(names)
+
+
+def is_of_architecture(checkpoint: dict[str, Any], net: nn.Module) -> bool:
+    """Whether a checkpoint holds the weights of a network like this one."""
+    with torch.device("meta"):
+        return make_net(checkpoint).state_dict().keys() == net.state_dict().keys()
 
 
 def _make_single(names: list[str]) -> DigitNet | ResidualNet:
@@ -115,7 +121,7 @@ def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
     Raises:
         OSError: it cannot be written, as when the disk is full; the old one is as it was.
     """
-    content = io.BytesIO()  # 17 MB; PyTorch writing to a file by itself does not say why it fails
+    content = io.BytesIO()  # 17 MB of a DigitNet; PyTorch writing to a file by itself does not say why it fails
     torch.save(checkpoint, content)
     try:
         if path.name == "last.ckpt" and path.is_file():

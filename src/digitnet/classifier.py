@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import CyclicLR, OneCycleLR, ReduceLROnPlateau
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from digitnet.checkpoints import make_net
+from digitnet.checkpoints import is_of_architecture, make_net
 from digitnet.distillation import Teacher
 from digitnet.model import ARCHITECTURES, Network
 from digitnet.selection import HardExamples
@@ -31,7 +31,8 @@ class DigitClassifier(L.LightningModule):
 
     Args:
         architecture: "digitnet", the write-up's network, or "residual", digitnet.ResidualNet.
-        dropout: probability of dropping a unit before each dense layer but the first of several, in [0, 1).
+        dropout: probability of dropping a unit before the last dense layers, two of DigitNet's, ResidualNet's only one,
+            in [0, 1).
         conv_dropout: probability of dropping a value after each pooling, in [0, 1).
         optimizer: any torch optimizer, by class path or name; its arguments follow as ``init_args``.
         lr_scheduler: any torch learning-rate schedule, stepped once an epoch (OneCycleLR and CyclicLR: once a step);
@@ -42,6 +43,9 @@ class DigitClassifier(L.LightningModule):
             then towards that. The labels by default.
         channels_last: keep the weights in channels-last memory format, which the images then follow. By default, where
             it is the faster one: on CPU and CUDA.
+
+    Raises:
+        ValueError: when there is no such architecture, or a probability lies outside [0, 1).
     """
 
     def __init__(
@@ -64,6 +68,8 @@ class DigitClassifier(L.LightningModule):
         self.selection = selection
         self.teacher = teacher
         self.channels_last = channels_last
+        if architecture not in ARCHITECTURES:
+            raise ValueError(f"architecture is {architecture}; there are {', '.join(ARCHITECTURES)}")
         self.net: Network = ARCHITECTURES[architecture](dropout, conv_dropout)
         self.metrics = nn.ModuleDict()
         for stage in ("train", "val", "test"):
@@ -99,10 +105,9 @@ class DigitClassifier(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.selection is not None and "selection" in checkpoint:
             self.selection.load_state_dict(checkpoint["selection"])
-        net = make_net(checkpoint)
         is_scored = self._trainer is None or not self.trainer.training
-        if is_scored and net.state_dict().keys() != self.net.state_dict().keys():
-            self.net = net  # what is scored is what the file holds: of another architecture, or a committee
+        if is_scored and not is_of_architecture(checkpoint, self.net):
+            self.net = make_net(checkpoint)  # what is scored is what the file holds, whatever the settings say
             self._choose_memory_format()
 
     def setup(self, stage: str) -> None:

@@ -46,7 +46,15 @@ from digitnet.callbacks import (
     Throughput,
     WholeCheckpointIO,
 )
-from digitnet.checkpoints import FIT_HINT, LOG_DIR, choose_resumable, find_newest, find_run, make_net, verify_checkpoint
+from digitnet.checkpoints import (
+    FIT_HINT,
+    LOG_DIR,
+    choose_resumable,
+    find_newest,
+    find_run,
+    is_of_architecture,
+    verify_checkpoint,
+)
 from digitnet.classifier import DigitClassifier
 from digitnet.data import MNISTDataModule
 from digitnet.errors import OneLineErrors, nearest_name
@@ -250,19 +258,23 @@ class DigitCLI(LightningCLI):
             raise
         except Exception as error:  # any optimizer, any argument: learning rate null is a TypeError
             raise ValueError(f"model.optimizer or model.lr_scheduler: {error}") from error
-        stored = verify_checkpoint(self.checkpoint) if self.checkpoint else None
-        if stored and make_net(stored).state_dict().keys() != model.net.state_dict().keys():
-            raise ValueError(
-                f"{self.checkpoint} holds another architecture than {model.hparams['architecture']}; "
-                "leave model.architecture out to go on with it, or the checkpoint to train anew"
-            )
+        first_step = 0
+        if self.checkpoint:
+            stored = verify_checkpoint(self.checkpoint)
+            if not is_of_architecture(stored, model.net):
+                raise ValueError(
+                    f"{self.checkpoint} holds another architecture than {model.hparams['architecture']}; to go on with "
+                    "it, leave model.architecture out, or the config that names it; to train anew, the checkpoint"
+                )
+            first_step = stored["global_step"]
+            del stored  # weights, averages and moments would stay for the whole training
         with contextlib.ExitStack() as stack:
             for logger in self.trainer.loggers:
                 if isinstance(logger, TensorBoardLogger) and self.trainer.is_global_zero:
                     stack.enter_context(claim_folder(logger, to_go_on=self.run_dir is not None))
-                    if self.run_dir and stored:
+                    if self.run_dir:
                         # TensorBoard forgets what a killed run logged after the checkpoint: it is logged again.
-                        logger._kwargs["purge_step"] = stored["global_step"]
+                        logger._kwargs["purge_step"] = first_step
             stack.enter_context(explain_failures(self.trainer))
             try:
                 self.trainer.fit(model, **kwargs, weights_only=True)

@@ -66,7 +66,7 @@ def committee(checkpoints: list[Path], output: Path = Path("committee.ckpt"), da
         "global_step": 0,
     }
     save_checkpoint(combined, output)
-    num_parameters = sum(weight.numel() for weight in net.state_dict().values())
+    num_parameters = sum(weight.numel() for weight in net.parameters())
     print(f"{output}: {len(members)} networks, {num_parameters:,} parameters")
 
 

@@ -34,6 +34,7 @@ from digitnet.classifier import DigitClassifier
 from digitnet.cli import DigitCLI, prepare_process
 from digitnet.data import MNISTDataModule
 from digitnet.machine import describe_hardware, list_versions
+from digitnet.model import DigitNet
 from digitnet.study.page import write_file
 
 COMPLAINTS = "keras.stderr"
@@ -141,8 +142,9 @@ class Turns(Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(pl_module, DigitClassifier)
         self.plain = PlainLoop(pl_module, data, str(trainer.precision))
-        if pl_module.selection is not None or pl_module.teacher is not None:
-            self.keras_python = None  # Keras would train on all of each batch, towards the labels: another recipe
+        others = (pl_module.selection, pl_module.teacher)
+        if not isinstance(pl_module.net, DigitNet) or any(other is not None for other in others):
+            self.keras_python = None  # Keras would train DigitNet, on all of each batch, towards the labels
         self.keras = start_keras(self.keras_python, data, self.steps, self.folder) if self.keras_python else None
         if self.keras:
             self.seconds[KERAS] = []
