@@ -90,7 +90,9 @@ def test_plain_outside_float32() -> None:
     with torch.no_grad():
         assert torch.equal(conv(images), F.conv2d(images, conv.weight, conv.bias, padding=1))
     with torch.autocast("cpu", torch.bfloat16):
-        assert conv(images).shape == (2, 5, 7, 7)
+        results = conv(images)
+    assert results.shape == (2, 5, 7, 7)
+    assert results.dtype == torch.bfloat16
     assert conv.double()(images.double()).dtype == torch.float64
     assert conv.eval()(images.double()).shape == (2, 5, 7, 7)
 

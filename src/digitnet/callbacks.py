@@ -24,7 +24,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from digitnet.calibrate import fit_calibration
 from digitnet.checkpoints import save_checkpoint
 from digitnet.classifier import DigitClassifier
-from digitnet.data import MNISTDataModule
+from digitnet.data import MNISTDataModule, find_data
 from digitnet.files import replace_whole
 
 
@@ -110,10 +110,8 @@ class AverageWeights(WeightAveraging):
         super().__init__(multi_avg_fn=self._average)
 
     def _average(self, averages: list[Tensor], currents: list[Tensor], num_averaged: Tensor | int) -> None:
-        share = (1 - self.decay) / (
-            1 - self.decay ** (int(num_averaged) + 1)
-        )  # of the newest in the normalized average
-        get_ema_multi_avg_fn(1 - share)(averages, currents, num_averaged)
+        total = 1 - self.decay ** (int(num_averaged) + 1)  # of all weights of the average, the newest 1 - decay
+        get_ema_multi_avg_fn(1 - (1 - self.decay) / total)(averages, currents, num_averaged)
 
 
 class RestoreBestWeights(Callback):
@@ -150,7 +148,7 @@ class Calibrate(Callback):
         self.num_digits = num_digits
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        data = trainer.datamodule  # type: ignore[attr-defined]
+        data = find_data(trainer)
         best = [c.best_model_path for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor]
         if not (trainer.is_global_zero and best and best[0] and isinstance(data, MNISTDataModule)):
             return

@@ -333,8 +333,9 @@ def claim_folder(logger: TensorBoardLogger, to_go_on: bool) -> Iterator[None]:
     except (NotImplementedError, OSError):  # a disk that knows no locks
         pass
     try:
-        for abandoned in folder.rglob(".*.part"):  # by a process that was killed: the lock is ours
-            abandoned.unlink(missing_ok=True)
+        if lock.is_locked:
+            for abandoned in folder.rglob(".*.part"):  # by a process that was killed: no other is at work here
+                abandoned.unlink(missing_ok=True)
         yield
     finally:
         lock.release()

@@ -20,15 +20,28 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-# Source: Okabe and Ito, "Color Universal Design", colours that people of every colour vision tell apart.
-BLUE, VERMILION = "#0072B2", "#D55E00"
-INK, GREY, PALE = "#222222", "#666666", "#E6E6E6"
+from digitnet.canvas import (
+    BLUE,
+    GREY,
+    INK,
+    PALE,
+    VERMILION,
+    WIDTH_IN,
+    Array,
+    add_note,
+    draw_blocks,
+    draw_tile,
+    draw_tiles,
+    make_canvas,
+    make_empty_figure,
+    make_figure,
+    make_plain,
+)
+
 WHITE_TO_VERMILION = LinearSegmentedColormap.from_list(
     "white_to_vermilion", ["#FDEFE6", "#F0A070", "#B34700", "#6E2B00"]
 )
 NUM_BINS = 15  # of a reliability diagram; the usual number in papers
-WIDTH_IN = 5.6  # of a chart: its letters stay readable on a telephone and in a column
-Array = np.ndarray
 Scale = Callable[[Any], Any]
 
 
@@ -107,7 +120,7 @@ def wilson_interval(num_right: int, num_images: int, z: float = 1.959964) -> tup
 
 def draw_digits(images: Array, labels: Array) -> Figure:
     """The first 25 digits in a 5x5 grid, each under its label."""
-    return _tile_figure(
+    return draw_tiles(
         images[:25],
         [str(label) for label in labels[:25]],
         "The first digits and their labels",
@@ -122,7 +135,7 @@ def draw_class_balance(counts: Mapping[str, Array]) -> Figure:
     Args:
         counts: name of the split -> (10,) counts, in the order to draw.
     """
-    figure = _figure(WIDTH_IN, 0.6 + 1.6 * len(counts), "Images of each digit")
+    figure = make_figure(WIDTH_IN, 0.6 + 1.6 * len(counts), "Images of each digit")
     all_axes = figure.subplots(len(counts), 1, squeeze=False)[:, 0]
     for axes, (name, split_counts) in zip(all_axes, counts.items(), strict=True):
         axes.bar(range(10), split_counts, color=BLUE, width=0.72)
@@ -132,8 +145,8 @@ def draw_class_balance(counts: Mapping[str, Array]) -> Figure:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         axes.set_xticks(range(10), [f"{digit}\n{count:,}" for digit, count in enumerate(split_counts)])
         axes.set_xlim(-0.55, 9.55)
-        _plain(axes)
-    _note(figure, "Below each bar its digit and its number of images. Dashed: equal shares.")
+        make_plain(axes)
+    add_note(figure, "Below each bar its digit and its number of images. Dashed: equal shares.")
     return figure
 
 
@@ -147,12 +160,12 @@ def draw_augmentation(originals: Array, draws: Array, title: str) -> Figure:
     """
     num_rows, num_draws = draws.shape[:2]
     pitch, gap = 1.06, 0.35
-    figure = _figure(max(0.56 * ((1 + num_draws) * pitch + gap), 4.2), 0.56 * num_rows * pitch + 0.6, title)
-    axes = _canvas(figure, (1 + num_draws) * pitch + gap, num_rows * pitch, top=0.4)
+    figure = make_figure(max(0.56 * ((1 + num_draws) * pitch + gap), 4.2), 0.56 * num_rows * pitch + 0.6, title)
+    axes = make_canvas(figure, (1 + num_draws) * pitch + gap, num_rows * pitch, top=0.4)
     for row in range(num_rows):
-        _tile(axes, originals[row], 0, row * pitch)
+        draw_tile(axes, originals[row], 0, row * pitch)
         for column in range(num_draws):
-            _tile(axes, draws[row, column], gap + (1 + column) * pitch, row * pitch, frame=True)
+            draw_tile(axes, draws[row, column], gap + (1 + column) * pitch, row * pitch, frame=True)
     axes.text(0.5, -0.1, "original", ha="center", va="bottom", fontsize=9, color=INK)
     axes.text(gap + pitch, -0.1, "random draws", ha="left", va="bottom", fontsize=9, color=INK)
     return figure
@@ -161,17 +174,17 @@ def draw_augmentation(originals: Array, draws: Array, title: str) -> Figure:
 def draw_class_means(images: Array, labels: Array) -> Figure:
     """The mean image of each digit above the standard deviation of its pixels."""
     pitch = 1.06
-    figure = _figure(7.2, 2.15, "Mean image and spread of each digit")
-    axes = _canvas(figure, 10 * pitch, 2 * pitch, top=0.35)
+    figure = make_figure(7.2, 2.15, "Mean image and spread of each digit")
+    axes = make_canvas(figure, 10 * pitch, 2 * pitch, top=0.35)
     for digit in range(10):
         axes.text(digit * pitch + 0.5, -0.05, str(digit), ha="center", va="bottom", fontsize=11, color=INK)
         group = images[labels == digit]
         if len(group):
-            _tile(axes, group.mean(axis=0), digit * pitch, 0)
-            _tile(axes, group.std(axis=0, dtype=np.float32), digit * pitch, pitch, vmax=128)
+            draw_tile(axes, group.mean(axis=0), digit * pitch, 0)
+            draw_tile(axes, group.std(axis=0, dtype=np.float32), digit * pitch, pitch, vmax=128)
     for row, name in enumerate(("mean", "spread")):
         axes.text(-0.1, row * pitch + 0.5, name, ha="right", va="center", fontsize=10, color=INK)
-    _note(figure, "Black is level 255 in the mean, 128 in the spread (standard deviation of each pixel).")
+    add_note(figure, "Black is level 255 in the mean, 128 in the spread (standard deviation of each pixel).")
     return figure
 
 
@@ -189,7 +202,7 @@ def draw_history(history: History, best: int) -> Figure:
         best: position in ``history`` of the epoch to mark, from 0.
     """
     epochs = history.epochs
-    figure = _figure(WIDTH_IN, 5.6, "Training history")
+    figure = make_figure(WIDTH_IN, 5.6, "Training history")
     loss, acc = figure.subplots(2, 1, sharex=True)
     marker = {"marker": "o", "markersize": 4} if len(epochs) <= 50 else {}
     for axes, train, val in ((loss, history.train_loss, history.val_loss), (acc, history.train_acc, history.val_acc)):
@@ -206,7 +219,7 @@ def draw_history(history: History, best: int) -> Figure:
             label=f"best epoch: {epochs[best]}",
         )
         axes.grid(axis="y", color=PALE, linewidth=0.8)
-        _plain(axes)
+        make_plain(axes)
     loss.set_yscale("log")
     losses = np.concatenate([history.train_loss, history.val_loss])
     _fit_scale(loss, [m * 10.0**e for e in range(-6, 3) for m in (1, 2, 5)], losses, np.log10, lambda x: 10.0**x)
@@ -255,7 +268,7 @@ def draw_confusion(labels: Array, predictions: Array) -> Figure:
     """The confusion matrix in counts. Only mistakes are coloured, or the diagonal would drown them."""
     counts = count_confusions(labels, predictions)
     num_errors = int(counts.sum() - np.trace(counts))
-    figure = _figure(WIDTH_IN, 5.9, f"Confusion matrix: {format_count(num_errors, 'mistake')} in {len(labels):,}")
+    figure = make_figure(WIDTH_IN, 5.9, f"Confusion matrix: {format_count(num_errors, 'mistake')} in {len(labels):,}")
     axes = figure.subplots()
     wrong = np.ma.masked_where(np.eye(10, dtype=bool) | (counts == 0), counts)
     top = max(int(wrong.max()) if wrong.count() else 1, 2)
@@ -278,7 +291,7 @@ def draw_confusion(labels: Array, predictions: Array) -> Figure:
     axes.spines[:].set_visible(False)
     axes.set_xlabel("predicted", fontsize=11)
     axes.set_ylabel("actual", fontsize=11)
-    _note(figure, "Grey: read rightly. Empty: never happened.")
+    add_note(figure, "Grey: read rightly. Empty: never happened.")
     return figure
 
 
@@ -306,7 +319,7 @@ def draw_mistakes(
     starred = np.zeros(len(labels), bool) if known_wrong is None else known_wrong
     title = f"{format_count(len(wrong), 'mistake')} in {len(labels):,}: actual / predicted, confidence"
     if len(wrong) == 0:
-        return _empty_figure(f"No mistake in {len(labels):,} images")
+        return make_empty_figure(f"No mistake in {len(labels):,} images")
     notes = [f"The first {len(shown)} of {len(wrong):,}, the most confident first."] if len(wrong) > limit else []
     if starred[shown].any():
         notes.append("* people found this label to be wrong.")
@@ -314,14 +327,14 @@ def draw_mistakes(
         f"{labels[i]} / {predictions[i]}{' *' if starred[i] else ''}\n{format_percent(confidences[i])}" for i in shown
     ]
     colours = [VERMILION if starred[i] else INK for i in shown]
-    return _tile_figure(images[shown], captions, title, columns=8, colours=colours, note=" ".join(notes))
+    return draw_tiles(images[shown], captions, title, columns=8, colours=colours, note=" ".join(notes))
 
 
 def draw_confused_pair(images: Array, labels: Array, predictions: Array, confidences: Array) -> Figure:
     """The commonest confusion looked at closely: its images, above both digits as they usually look."""
     pair = find_confused_pair(count_confusions(labels, predictions))
     if pair is None:
-        return _empty_figure(f"No digit was taken for another in {len(labels):,} images")
+        return make_empty_figure(f"No digit was taken for another in {len(labels):,} images")
     actual, predicted = pair
     mixed = np.flatnonzero((labels == actual) & (predictions == predicted))
     mixed = mixed[np.argsort(-confidences[mixed], kind="stable")]
@@ -333,7 +346,7 @@ def draw_confused_pair(images: Array, labels: Array, predictions: Array, confide
         if len(right):
             blocks.append((f"{digit} read as {digit}, the first of the set", right, False))
     note = f"The most confident {len(shown)} of {len(mixed):,}." if len(mixed) > len(shown) else ""
-    return _block_figure(
+    return draw_blocks(
         images,
         [format_percent(confidence) for confidence in confidences],
         blocks,
@@ -356,7 +369,7 @@ def draw_verdicts(images: Array, captions: Sequence[str], verdicts: Sequence[str
     kinds = list(dict.fromkeys(verdicts))
     picks = {kind: np.flatnonzero(np.array(verdicts) == kind) for kind in kinds}
     blocks = [(f"{kind}: {len(picks[kind])}", picks[kind], True) for kind in kinds]
-    return _block_figure(images, captions, blocks, title, columns=10, note=note)
+    return draw_blocks(images, captions, blocks, title, columns=10, note=note)
 
 
 def draw_least_sure(images: Array, labels: Array, predictions: Array, confidences: Array, limit: int = 24) -> Figure:
@@ -367,7 +380,7 @@ def draw_least_sure(images: Array, labels: Array, predictions: Array, confidence
         right = labels[i] == predictions[i]
         captions.append(f"{labels[i]} / {predictions[i]}\n{format_percent(confidences[i])}")
         colours.append(INK if right else VERMILION)
-    return _tile_figure(
+    return draw_tiles(
         images[shown], captions, "Least sure: actual / predicted, confidence", columns=8, colours=colours,
         note="Orange captions: read wrongly." if VERMILION in colours else "",
     )  # fmt: skip
@@ -375,7 +388,7 @@ def draw_least_sure(images: Array, labels: Array, predictions: Array, confidence
 
 def draw_class_scores(precision: Array, recall: Array, f1: Array) -> Figure:
     """Precision, recall and F1 of each digit, (10,) each, in [0, 1] or nan; the axis starts near the lowest."""
-    figure = _figure(WIDTH_IN, 3.7, "Precision, recall and F1 of each digit")
+    figure = make_figure(WIDTH_IN, 3.7, "Precision, recall and F1 of each digit")
     axes = figure.subplots()
     series = (
         (precision, "precision", BLUE, "o", -0.2),
@@ -399,7 +412,7 @@ def draw_class_scores(precision: Array, recall: Array, f1: Array) -> Figure:
     axes.grid(axis="y", color=PALE, linewidth=0.8)
     axes.set_xticks(range(10))
     axes.set_xlabel("digit")
-    _plain(axes)
+    make_plain(axes)
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9.5)
     return figure
 
@@ -407,7 +420,7 @@ def draw_class_scores(precision: Array, recall: Array, f1: Array) -> Figure:
 def draw_reliability(confidences: Array, correct: Array, num_bins: int = NUM_BINS) -> Figure:
     """How often the network is right at each confidence, and how many images have it."""
     bins = bin_reliability(confidences, correct, num_bins)
-    figure = _figure(WIDTH_IN, 5.6, f"Reliability: expected calibration error {100 * bins.ece:.2f} %")
+    figure = make_figure(WIDTH_IN, 5.6, f"Reliability: expected calibration error {100 * bins.ece:.2f} %")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     filled = bins.counts > 0
     intervals = np.array(
@@ -434,7 +447,7 @@ def draw_reliability(confidences: Array, correct: Array, num_bins: int = NUM_BIN
     bottom.set_xlabel("confidence")
     bottom.set_xlim(-0.01, 1.02)
     for axes in (top, bottom):
-        _plain(axes)
+        make_plain(axes)
     return figure
 
 
@@ -446,7 +459,7 @@ def draw_robustness(accuracies: Mapping[str, float], published: Mapping[str, flo
         published: the same of another network; None where unknown.
         title: of the figure.
     """
-    figure = _figure(WIDTH_IN, 0.9 + 0.27 * len(accuracies), title)
+    figure = make_figure(WIDTH_IN, 0.9 + 0.27 * len(accuracies), title)
     axes = figure.subplots()
     rows = np.arange(len(accuracies))
     values = np.array(list(accuracies.values()))
@@ -462,7 +475,7 @@ def draw_robustness(accuracies: Mapping[str, float], published: Mapping[str, flo
     axes.set_xlim(0, 1.15)
     axes.set_xticks(np.linspace(0, 1, 6), [f"{percent} %" for percent in range(0, 101, 20)])
     axes.set_xlabel("accuracy")
-    _plain(axes)
+    make_plain(axes)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9.5)
     return figure
 
@@ -472,13 +485,13 @@ def draw_corruptions(examples: Mapping[str, Array]) -> Figure:
     num_columns = max(len(images) for images in examples.values())
     pitch, left = 1.06, 2.6
     width, height = left + num_columns * pitch, len(examples) * pitch
-    figure = _figure(0.44 * width, 0.44 * height + 0.4, "The same digits, spoiled in each way")
-    axes = _canvas(figure, width, height)
+    figure = make_figure(0.44 * width, 0.44 * height + 0.4, "The same digits, spoiled in each way")
+    axes = make_canvas(figure, width, height)
     for row, (name, images) in enumerate(examples.items()):
         text = name.replace("_", " ")
         axes.text(left - 0.15, row * pitch + 0.5, text, ha="right", va="center", fontsize=9.5, color=INK)
         for column, image in enumerate(images):
-            _tile(axes, image, left + column * pitch, row * pitch, frame=True)
+            draw_tile(axes, image, left + column * pitch, row * pitch, frame=True)
     return figure
 
 
@@ -496,7 +509,7 @@ def draw_tradeoff(
         title: of the figure.
         unit: what the mistakes are counted in.
     """
-    figure = _figure(WIDTH_IN, 3.9, title)
+    figure = make_figure(WIDTH_IN, 3.9, title)
     axes = figure.subplots()
     looks = (("o", BLUE), ("s", VERMILION), ("^", INK))
     for (name, points), (marker, color) in zip(curves.items(), looks, strict=False):
@@ -518,7 +531,7 @@ def draw_tradeoff(
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.set_xlabel("seconds of training")
     axes.set_ylabel(unit)
-    _plain(axes)
+    make_plain(axes)
     figure.legend(loc="outside lower left", frameon=False, fontsize=9)
     return figure
 
@@ -530,108 +543,6 @@ def render(figure: Figure, form: Literal["png", "svg"] = "png", dpi: int = 160) 
     with matplotlib.rc_context({"svg.hashsalt": "digitnet"}):
         figure.savefig(buffer, format=form, dpi=dpi, metadata=metadata)
     return buffer.getvalue()
-
-
-def _figure(width_in: float, height_in: float, title: str) -> Figure:
-    figure = Figure(figsize=(width_in, height_in), layout="constrained", facecolor="white")
-    figure.suptitle(title, x=0.06 / width_in, ha="left", fontsize=12, fontweight="bold", color=INK)
-    return figure
-
-
-def _note(figure: Figure, text: str) -> None:
-    figure.supxlabel(text, x=0.06 / figure.get_figwidth(), ha="left", fontsize=9, color=GREY)
-
-
-def _empty_figure(title: str) -> Figure:
-    return _figure(WIDTH_IN, 0.45, title)
-
-
-def _plain(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(GREY)
-    axes.tick_params(color=GREY, labelcolor=INK, labelsize=9.5)
-    axes.set_axisbelow(True)
-
-
-def _canvas(figure: Figure, width: float, height: float, top: float = 0.0) -> Axes:
-    return _set_canvas(figure.subplots(), width, height, top)
-
-
-def _set_canvas(axes: Axes, width: float, height: float, top: float = 0.0) -> Axes:
-    """Axes to lay out tiles on: no frame, one unit is the side of a tile, y runs down from ``-top``."""
-    axes.set_axis_off()
-    axes.set_aspect("equal", anchor="NW")
-    axes.set(xlim=(-0.02, width), ylim=(height, -top))
-    return axes
-
-
-def _tile(axes: Axes, image: Array, left: float, top: float, *, vmax: float = 255, frame: bool = False) -> None:
-    # All tiles share one Axes: sixty of them would take seconds to lay out.
-    limits = axes.get_xlim(), axes.get_ylim()
-    axes.imshow(image, cmap="gray_r", vmin=0, vmax=vmax, extent=(left, left + 1, top + 1, top), interpolation="nearest")
-    axes.set(xlim=limits[0], ylim=limits[1])
-    if frame:
-        axes.add_patch(Rectangle((left, top), 1, 1, fill=False, edgecolor=PALE, linewidth=0.8))
-
-
-def _tile_figure(
-    images: Array,
-    captions: Sequence[str],
-    title: str,
-    *,
-    columns: int,
-    colours: Sequence[str] | None = None,
-    note: str = "",
-    caption_pt: float = 9,
-) -> Figure:
-    """Images in a grid, each under its caption."""
-    tile_in = 0.78
-    columns = min(columns, max(len(images), 1))
-    rows = math.ceil(len(images) / columns)
-    head = (max(caption.count("\n") for caption in captions) + 1) * 1.25 * caption_pt / 72 / tile_in + 0.06
-    pitch_x, pitch_y = 1.12, 1 + head + 0.12
-    width_in = max(tile_in * columns * pitch_x + 0.1, 0.095 * len(title) + 0.2, 3.2)
-    figure = _figure(width_in, tile_in * rows * pitch_y + (0.58 if note else 0.36), title)
-    axes = _canvas(figure, columns * pitch_x, rows * pitch_y)
-    for k, (image, caption) in enumerate(zip(images, captions, strict=True)):
-        left, top = k % columns * pitch_x, k // columns * pitch_y + head
-        _tile(axes, image, left, top, frame=True)
-        colour = colours[k] if colours else INK
-        axes.text(left + 0.5, top - 0.04, caption, ha="center", va="bottom", fontsize=caption_pt, color=colour)
-    if note:
-        _note(figure, note)
-    return figure
-
-
-def _block_figure(
-    images: Array, captions: Sequence[str], blocks: list[tuple[str, Array, bool]], title: str, columns: int, note: str
-) -> Figure:
-    """Blocks of images, each block under its heading, and where asked each image over its caption."""
-    tile_in, pitch, heading, caption = 0.78, 1.06, 0.38, 0.24
-    rows = [(math.ceil(len(picks) / columns), 1.0 + (caption if named else 0) + 0.06) for _, picks, named in blocks]
-    height = sum(heading + num * row_height for num, row_height in rows) + 0.15 * (len(blocks) - 1)
-    figure = _figure(tile_in * columns * pitch + 0.1, tile_in * height + (0.58 if note else 0.36), title)
-    axes = _canvas(figure, columns * pitch, height)
-    top = 0.0
-    for (text, picks, named), (num_rows, row_height) in zip(blocks, rows, strict=True):
-        axes.text(0, top + heading - 0.1, text, ha="left", va="bottom", fontsize=10, color=INK)
-        for k, pick in enumerate(picks):
-            left, y = k % columns * pitch, top + heading + k // columns * row_height
-            _tile(axes, images[pick], left, y, frame=True)
-            if named:
-                axes.text(
-                    left + 0.5,
-                    y + 1.02,
-                    captions[pick],
-                    ha="center",
-                    va="top",
-                    fontsize=9,
-                    color=INK,
-                )
-        top += heading + num_rows * row_height + 0.15
-    if note:
-        _note(figure, note)
-    return figure
 
 
 def format_percent(probability: float) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from digitnet.augment import preview_augmentation
+from digitnet.data import find_data
 from digitnet.scores import CollectScores
 
 NUM_ORIGINALS, NUM_DRAWS = 8, 8  # of the grid of augmented images
@@ -48,7 +49,7 @@ class Pictures(CollectScores):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.global_step > 0 or self.every_n_epochs == 0:
             return
-        data = trainer.datamodule  # type: ignore[attr-defined]
+        data = find_data(trainer)
         for writer in self._find_writers(trainer):
             writer.add_custom_scalars(LAYOUT)
             if data.augmentation is not None:
@@ -85,7 +86,7 @@ class Pictures(CollectScores):
         self.drawn_step = trainer.global_step
         step = max(0, trainer.global_step - 1)  # where val/acc is
         logits, labels = (scores.numpy() for scores in self.gather(trainer))
-        images = trainer.datamodule.datasets[1].images[: len(labels), 0].numpy()  # type: ignore[attr-defined]
+        images = find_data(trainer).datasets[1].images[: len(labels), 0].numpy()
         odds = np.exp(logits - logits.max(axis=1, keepdims=True))
         probabilities = odds / odds.sum(axis=1, keepdims=True)
         predictions, confidences = probabilities.argmax(axis=1), probabilities.max(axis=1)

@@ -15,6 +15,7 @@ import yaml
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from digitnet.data import find_data
 from digitnet.files import replace_whole
 from digitnet.machine import describe_hardware, list_versions
 
@@ -81,7 +82,7 @@ class WriteScores(CollectScores):
         self._write(trainer, "val", prefix="validate_")
 
     def _write(self, trainer: L.Trainer, subset: str, prefix: str) -> None:
-        data = trainer.datamodule  # type: ignore[attr-defined]
+        data = find_data(trainer)
         start = sum(data.split[: ("train", "val", "test").index(subset)])
         num_images = data.split[("train", "val", "test").index(subset)]
         logits, labels = self.gather(trainer)

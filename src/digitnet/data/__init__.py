@@ -5,7 +5,7 @@ test sets. Pixels stay uint8 from disk to device; ink is bright (255) and paper 
 """
 
 from digitnet.data.cache import Digits, verify_mnist
-from digitnet.data.module import DigitDataset, MNISTDataModule
+from digitnet.data.module import DigitDataset, MNISTDataModule, find_data
 from digitnet.data.sources import fetch_digits, load_bundled_digits, load_file
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Digits",
     "MNISTDataModule",
     "fetch_digits",
+    "find_data",
     "load_bundled_digits",
     "load_file",
     "verify_mnist",

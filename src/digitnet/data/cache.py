@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_info
+
+from digitnet.files import replace_whole
 
 # SHA-256 of mnist_784's 70,000 decoded images and labels, C order, uint8: the same from OpenML and from the classic
 # files. Source: computed from the classic files, whose published MD5 sums match. They fix the class counts as well.
@@ -59,20 +60,11 @@ def load_cache(path: Path) -> Digits:
 
 
 def write_cache(path: Path, digits: Digits) -> None:
-    """Write all or nothing: a file of this process's own beside it, forced to disk, then renamed into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for abandoned in path.parent.glob(f"{path.name}.*.part"):  # by a writer that was killed: the lock is ours
+    """Write all or nothing, and remove what a killed writer left half-written."""
+    for abandoned in path.parent.glob(f".{path.name}.*.part"):  # the lock is ours
         abandoned.unlink(missing_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            np.savez(file, images=digits.images, labels=digits.labels)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    with replace_whole(path) as part, part.open("wb") as file:
+        np.savez(file, images=digits.images, labels=digits.labels)
 
 
 @contextlib.contextmanager

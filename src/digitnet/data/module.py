@@ -19,6 +19,12 @@ from digitnet.data.sources import fetch_digits
 Batch = tuple[Tensor, Tensor]
 
 
+def find_data(trainer: L.Trainer) -> MNISTDataModule:
+    """The data that a Trainer works on, an MNISTDataModule in every command of ours."""
+    data: MNISTDataModule = trainer.datamodule  # type: ignore[attr-defined]  # which Lightning does not declare
+    return data
+
+
 class DigitDataset(Dataset[Batch]):
     """Digits in memory, fetched a batch at a time: one indexing per batch instead of one per image.
 

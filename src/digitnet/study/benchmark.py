@@ -32,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from digitnet.classifier import DigitClassifier
 from digitnet.cli import DigitCLI, prepare_process
-from digitnet.data import MNISTDataModule
+from digitnet.data import MNISTDataModule, find_data
 from digitnet.machine import describe_hardware, list_versions
 from digitnet.model import DigitNet
 from digitnet.study.page import write_file
@@ -139,7 +139,7 @@ class Turns(Callback):
         self.start: float | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        data = trainer.datamodule  # type: ignore[attr-defined]
+        data = find_data(trainer)
         assert isinstance(pl_module, DigitClassifier)
         self.plain = PlainLoop(pl_module, data, str(trainer.precision))
         others = (pl_module.selection, pl_module.teacher)

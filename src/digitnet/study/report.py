@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from digitnet import figures
+from digitnet.canvas import Array
 from digitnet.data import Digits, fetch_digits, verify_mnist
-from digitnet.figures import Array, History
+from digitnet.figures import History
 from digitnet.study.explore import load_data_module, read_config
 from digitnet.study.page import embed_digit, embed_png, render_page, write_file
 
