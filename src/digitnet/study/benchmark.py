@@ -81,7 +81,7 @@ def benchmark(
         "versions": {**list_versions(), **turns.keras_versions},
         "precision": str(cli.trainer.precision),
         "batch_size": turns.plain.batch_size,
-        **turns.plain.describe(),
+        **turns.plain.describe(min(steps, 50)),
         "ceiling_flop_per_s": max(turns.ceilings),
         "images_per_s": {
             name: [turns.plain.batch_size * steps / seconds for seconds in times[1:]]
@@ -239,7 +239,7 @@ class PlainLoop:
             logits = self.net(images)
         return F.cross_entropy(logits.float(), targets)
 
-    def describe(self, steps: int = 50) -> dict[str, Any]:
+    def describe(self, steps: int) -> dict[str, Any]:
         """Milliseconds of each part of a step, medians, and floating-point operations of an image."""
         times: dict[str, list[float]] = {part: [] for part in PARTS}
         last = time.perf_counter()
