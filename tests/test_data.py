@@ -757,12 +757,15 @@ def test_training_order_follows_seed_and_epoch(monkeypatch: pytest.MonkeyPatch) 
         assert torch.equal(torch.get_rng_state(), state)  # and the order is drawn from nobody else's generator
 
 
-def test_processes_share_the_data() -> None:
+def test_processes_share_the_data_each_on_its_device() -> None:
     data = make_data(split=(1296, 250, 251))
     data.setup("fit")
     seen: dict[str, list[int]] = {"train": [], "test": []}
+    device = torch.device("meta")  # tells where it is, and needs no GPU
     for rank in (0, 1):
-        data.trainer = SimpleNamespace(world_size=2, global_rank=rank)  # type: ignore[assignment]
+        strategy = SimpleNamespace(root_device=device)
+        data.trainer = SimpleNamespace(world_size=2, global_rank=rank, strategy=strategy)  # type: ignore[assignment]
+        assert all(part.device == device for part in next(iter(data.train_dataloader())))
         seen["train"] += list(data.train_dataloader().sampler)
         seen["test"] += list(data.test_dataloader().sampler)
     assert sorted(seen["train"]) == list(range(1296))

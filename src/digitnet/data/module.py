@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable
 from typing import Any
@@ -44,8 +45,14 @@ class DigitDataset(Dataset[Batch]):
 
     def __getitems__(self, indices: list[int]) -> Batch:
         """A whole batch: images (B, 1, 28, 28) uint8 and labels (B,) int64."""
-        picks = torch.tensor(indices)
+        picks = torch.tensor(indices, device=self.images.device)
         return self.images[picks], self.labels[picks]
+
+    def to(self, device: torch.device) -> DigitDataset:
+        """The same digits in the memory of a device, where batches are then made, too."""
+        moved = copy.copy(self)
+        moved.images, moved.labels = self.images.to(device), self.labels.to(device)
+        return moved
 
 
 def keep_batch(batch: Any) -> Any:
@@ -121,7 +128,8 @@ class MNISTDataModule(L.LightningDataModule):
         # Drawn from the seed and the epoch alone, with one process as with many: a resumed run sees the same order.
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))  # where seed_everything keeps it, the same in every process
         dataset = self.datasets[0]
-        return self._loader(DistributedSampler(dataset, *self._shards(), shuffle=True, seed=seed), self.batch_size)
+        sampler: DistributedSampler[Batch] = DistributedSampler(dataset, *self._shards(), shuffle=True, seed=seed)
+        return self._loader(dataset, sampler, self.batch_size)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         return self._eval_dataloader(self.datasets[1])
@@ -131,17 +139,20 @@ class MNISTDataModule(L.LightningDataModule):
 
     def _eval_dataloader(self, dataset: DigitDataset) -> DataLoader[Batch]:
         # Each image once, in order. PyTorch's sampler would fill the last processes up with images scored before.
-        return self._loader(UnrepeatedDistributedSampler(dataset, *self._shards(), shuffle=False), self.eval_batch_size)
+        sampler = UnrepeatedDistributedSampler(dataset, *self._shards(), shuffle=False)
+        return self._loader(dataset, sampler, self.eval_batch_size)
 
     def _shards(self) -> tuple[int, int]:
         """How many processes share the data, and which of them this is."""
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
 
-    @staticmethod
-    def _loader(sampler: DistributedSampler[Any], batch_size: int) -> DataLoader[Batch]:
+    def _loader(self, dataset: DigitDataset, sampler: DistributedSampler[Any], batch_size: int) -> DataLoader[Batch]:
+        # All of MNIST is 55 MB: a GPU holds it, and of a batch is sent no more than which images to take.
+        if self.trainer:
+            dataset = dataset.to(self.trainer.strategy.root_device)
         # A generator of its own, or making an iterator would draw from the one that augmentation and dropout use.
         generator = torch.Generator().manual_seed(0)
-        return DataLoader(sampler.dataset, batch_size, sampler=sampler, collate_fn=keep_batch, generator=generator)
+        return DataLoader(dataset, batch_size, sampler=sampler, collate_fn=keep_batch, generator=generator)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Augment a training batch where it is now: on the device. Validation and test batches pass untouched."""

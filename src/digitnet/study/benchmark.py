@@ -200,7 +200,7 @@ class PlainLoop:
     def __init__(self, module: DigitClassifier, data: MNISTDataModule, precision: str) -> None:
         self.device, self.batch_size = module.device, data.batch_size
         self.dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float32
-        self.dataset, self.augmentation = data.datasets[0], data.augmentation
+        self.dataset, self.augmentation = data.datasets[0].to(self.device), data.augmentation
         self.net, self.selection = copy.deepcopy((module.net, module.selection))
         self.teacher = module.teacher
         self.optimizer = module.optimizer(self.net.parameters())
@@ -214,8 +214,8 @@ class PlainLoop:
         """
         start = time.perf_counter()
         for _ in range(steps):
-            picks = torch.randint(len(self.dataset), (self.batch_size,))
-            images, labels = (part.to(self.device) for part in (self.dataset.images[picks], self.dataset.labels[picks]))
+            picks = torch.randint(len(self.dataset), (self.batch_size,)).to(self.device)
+            images, labels = self.dataset.images[picks], self.dataset.labels[picks]
             mark("data")
             if self.augmentation is not None:
                 images = self.augmentation(images)
@@ -252,9 +252,7 @@ class PlainLoop:
             last = now
 
         self.train(steps, mark)
-        images, labels = (
-            part[: self.batch_size].to(self.device) for part in (self.dataset.images, self.dataset.labels)
-        )
+        images, labels = (part[: self.batch_size] for part in (self.dataset.images, self.dataset.labels))
         self.net.eval()  # counted as plain sums: Winograd's way of training takes fewer
         with FlopCounterMode(display=False) as counter:
             if self.selection is not None:
