@@ -12,15 +12,18 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import QUICKSTART, SHORT, Run
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from digitnet.checkpoints import choose_resumable, save_checkpoint
 from digitnet.classifier import DigitClassifier
+from digitnet.cli import explain_failures
 
 # Two steps of 8 images an epoch, and few to validate on: what is tested here is not learning.
 TINY = (
@@ -281,6 +284,20 @@ def test_a_dead_process_ends_the_others(tmp_path: Path) -> None:
     assert process.returncode == 1, output
     assert "Traceback" not in output
     assert "digitnet: error: process 0 of 2 lost another one, which ended or was killed; all stop." in output
+
+
+def test_a_process_that_crashes_after_the_work_leaves_the_report_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    killed: list[Any] = []
+    monkeypatch.setattr(os, "kill", lambda *args: killed.append(args))
+    crashed = subprocess.Popen([sys.executable, "-S", "-c", "raise SystemExit(3)"])
+    crashed.wait()
+    launcher = SimpleNamespace(procs=[crashed])
+    watch = _ChildProcessObserver(os.getpid(), launcher.procs)
+    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(launcher=launcher), world_size=2)
+    with explain_failures(trainer):
+        pass  # trained or scored
+    assert watch._run()  # and has nothing more to watch
+    assert not killed
 
 
 # --- files and configs of strangers -----------------------------------------------------------------------------------
