@@ -1,4 +1,4 @@
-"""The protocol's runs and figures, on bundled digits cut so that the "10,000" are the last 500."""
+"""The protocol's runs and figures, on bundled digits cut so that the "10,000" are the last 200."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_mistakes_are_counted_alone_and_averaged_over_shifts() -> None:
 def test_trains_each_seed_once_and_scores_its_last_epoch(
     digitnet: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(module, "SPLIT", (1297, 250, 250))
+    monkeypatch.setattr(module, "SPLIT", (1597, 100, 100))
     (tmp_path / "mine.yaml").write_text(CONFIG)
     left = tmp_path / "out" / f"mine-{module.load_row(tmp_path / 'mine.yaml').digest[:8]}" / "seed_42"
     left.mkdir(parents=True)
@@ -72,7 +72,7 @@ def test_trains_each_seed_once_and_scores_its_last_epoch(
 
     # The last epoch, scored by hand.
     digits = load_bundled_digits()
-    images, labels = torch.from_numpy(digits.images[1297:])[:, None], torch.from_numpy(digits.labels[1297:]).long()
+    images, labels = torch.from_numpy(digits.images[1597:])[:, None], torch.from_numpy(digits.labels[1597:]).long()
     from digitnet import DigitNet
 
     for run, result in zip(runs, results, strict=True):
@@ -131,7 +131,7 @@ def test_parts_train_their_own_seeds_and_tabulate_all_that_are_done(
 def test_a_run_that_ended_early_is_refused(
     digitnet: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(module, "SPLIT", (1297, 250, 250))
+    monkeypatch.setattr(module, "SPLIT", (1597, 100, 100))
     (tmp_path / "mine.yaml").write_text(CONFIG.replace("max_epochs: 2", "max_epochs: 3, max_steps: 3"))
     assert digitnet("protocol", "mine.yaml", "--seeds", 1) == 1
     error = capsys.readouterr().err.splitlines()[-1]
