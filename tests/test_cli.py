@@ -173,11 +173,11 @@ def test_final_config_learns_mnist(
         pytest.skip("MNIST is not at hand; set SCIKIT_LEARN_DATA")
     monkeypatch.setenv("SCIKIT_LEARN_DATA", str(mnist_home))
     short = (
-        "--trainer.max_epochs", 1, "--trainer.limit_train_batches", 100, "--trainer.limit_val_batches", 2,
+        "--trainer.max_epochs", 1, "--trainer.limit_train_batches", 150, "--trainer.limit_val_batches", 2,
         "--pictures.every_n_epochs", 0, "--calibration.num_digits", 0,
     )  # fmt: skip
     assert digitnet("fit", "--config", ROOT / "configs" / "final.yaml", *short) == 0
-    assert scalars(tmp_path / "lightning_logs" / "final" / "version_0", "val/acc")[0][1] > 0.6
+    assert scalars(tmp_path / "lightning_logs" / "final" / "version_0", "val/acc")[0][1] > 0.8
 
 
 @pytest.mark.slow
@@ -192,13 +192,13 @@ def test_two_processes_make_one_run_and_count_each_image_once(trained_run: Path,
     ddp = ("--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.precision=32-true")
     average = "--trainer.callbacks+=digitnet.callbacks.AverageWeights"  # copies the module, in each process
     command = [sys.executable, "-m", "digitnet", "fit", "--config", str(QUICKSTART), *map(str, SHORT), *ddp, average]
-    subprocess.run([*command, "--data.split=[1298,249,250]"], cwd=tmp_path, check=True)
+    subprocess.run([*command, "--data.split=[1298,250,249]"], cwd=tmp_path, check=True)
     runs = list((tmp_path / "lightning_logs" / "quickstart").iterdir())
     assert [run.name for run in runs] == ["version_0"]
-    subprocess.run([sys.executable, "-m", "digitnet", "validate", *ddp], cwd=tmp_path, check=True)
-    report = runs[0] / "report" / "validate_predictions.csv"
+    subprocess.run([sys.executable, "-m", "digitnet", "test", *ddp], cwd=tmp_path, check=True)
+    report = runs[0] / "report" / "predictions.csv"
     of_two = report.read_text()
-    assert digitnet("validate", "--trainer.devices", 1, "--trainer.strategy", "auto") == 0
+    assert digitnet("test", "--trainer.devices", 1, "--trainer.strategy", "auto") == 0
     of_one = report.read_text()
     for two, one in zip(csv.reader(of_two.splitlines()), csv.reader(of_one.splitlines()), strict=True):
         assert two[:3] == one[:3]
@@ -222,7 +222,10 @@ def test_after_fit_the_module_holds_the_best_weights(tmp_path: Path, monkeypatch
 
 
 def test_same_seed_same_weights_after_200_steps(digitnet: Run, tmp_path: Path) -> None:
-    steps = (*SHORT, "--trainer.max_epochs", 1, "--trainer.limit_train_batches", 200, "--data.batch_size", 2)
+    steps = (
+        "--trainer.max_epochs", 1, "--trainer.limit_train_batches", 200, "--data.batch_size", 2,
+        "--pictures.every_n_epochs", 0, "--calibration.num_digits", 0,
+    )  # fmt: skip
     for _ in range(2):
         assert digitnet("fit", "--config", QUICKSTART, *steps) == 0
     first, second = (tmp_path / "lightning_logs/quickstart" / f"version_{n}/checkpoints/last.ckpt" for n in (0, 1))

@@ -110,15 +110,7 @@ def draw_blocks(
             left, y = k % columns * pitch, top + heading + k // columns * row_height
             draw_tile(axes, images[pick], left, y, frame=True)
             if named:
-                axes.text(
-                    left + 0.5,
-                    y + 1.02,
-                    captions[pick],
-                    ha="center",
-                    va="top",
-                    fontsize=9,
-                    color=INK,
-                )
+                axes.text(left + 0.5, y + 1.02, captions[pick], ha="center", va="top", fontsize=9, color=INK)
         top += heading + num_rows * row_height + 0.15
     if note:
         add_note(figure, note)
