@@ -10,7 +10,7 @@ from digitnet.model import DigitNet
 from digitnet.winograd import Conv3x3, WinogradFunction, choose_tile, make_transforms
 
 
-@pytest.mark.parametrize("tile", [1, 2, 3, 4])
+@pytest.mark.parametrize("tile", [1, 2, 3, 4, 5])
 def test_transforms_give_a_convolution(tile: int) -> None:
     to_input, to_kernel, to_output = (transform.double() for transform in make_transforms(tile))
     torch.manual_seed(0)
@@ -40,7 +40,7 @@ def test_the_input_transform_of_four_is_the_papers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("height", "width", "tile"), [(14, 14, 4), (7, 7, 4), (6, 6, 3), (5, 14, 3), (2, 2, 2), (1, 1, 2)]
+    ("height", "width", "tile"), [(14, 14, 5), (7, 7, 4), (6, 6, 3), (5, 14, 5), (3, 9, 3), (2, 2, 2), (1, 1, 2)]
 )
 @pytest.mark.parametrize("pooled", [False, True])
 def test_values_and_gradients_are_those_of_the_plain_sum(height: int, width: int, tile: int, pooled: bool) -> None:
