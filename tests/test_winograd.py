@@ -40,7 +40,8 @@ def test_the_input_transform_of_four_is_the_papers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("height", "width", "tile"), [(14, 14, 5), (7, 7, 4), (6, 6, 3), (5, 14, 5), (3, 9, 3), (2, 2, 2), (1, 1, 2)]
+    ("height", "width", "tile"),
+    [(14, 14, 5), (5, 14, 5), (7, 7, 4), (14, 4, 4), (6, 6, 3), (3, 14, 3), (3, 9, 3), (2, 2, 2), (1, 1, 2)],
 )
 @pytest.mark.parametrize("pooled", [False, True])
 def test_values_and_gradients_are_those_of_the_plain_sum(height: int, width: int, tile: int, pooled: bool) -> None:

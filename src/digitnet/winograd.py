@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 MIN_BATCH, MAX_BATCH = 32, 256  # to score: with fewer images the kernels cost too much, with more the memory
 POINTS = (0, 1, -1, 2, -2, 0.5)  # where polynomials are evaluated, and infinity; simple numbers round least
-TILES = (5, 4, 3, 2)  # results along each axis; of 6 the kernels outgrow the caches, of 7 the rounding grows tenfold
+TILES = (5, 4, 3, 2)  # results along each axis; of 6 nothing is gained, of 7 rounding is seven times that of 5
 
 
 @cache
