@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Run, generated
+from conftest import ROOT, Run, generated
 from drawings import STROKES, render, save_checkpoint
 from PIL import Image
 
@@ -143,6 +143,15 @@ def test_healthz_and_openapi(client: TestClient) -> None:
     assert {"200", "400", "408", "413", "415", "422", "503"} <= set(answers)
     answer = client.post("/predict", content=SEVEN).json()
     assert set(described["components"]["schemas"]["Answer"]["properties"]) == set(answer)
+
+
+def test_what_the_readme_types(client: TestClient) -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert "curl -F file=@photo.jpg http://127.0.0.1:8000/predict" in readme
+    assert client.post("/predict", files={"file": ("photo.jpg", SEVEN)}).status_code == 200
+    described = re.search(r"The API describes itself under\s+`(/\S+)`", readme)
+    assert described
+    assert client.get(described[1]).status_code == 200
 
 
 def test_the_page_needs_nothing_from_elsewhere_and_allows_nothing(client: TestClient) -> None:
