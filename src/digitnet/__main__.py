@@ -89,7 +89,10 @@ def main(args: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("DIGITNET_DEBUG"):
             raise
-        print(f"digitnet: error: {to_one_line(str(error))}", file=sys.stderr)
+        text = str(error)
+        if isinstance(error, OSError) and error.filename and error.strerror:  # else "[Errno 17] File exists: 'a.png'"
+            text = f"{error.filename}: {error.strerror.lower()}"
+        print(f"digitnet: error: {to_one_line(text)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("digitnet: stopped", file=sys.stderr)

@@ -196,6 +196,21 @@ def test_random_damage_never_gives_anything_but_a_value_error() -> None:
 # Blank pages, dirt and lines
 
 
+@pytest.mark.parametrize(("height", "width"), [(5000, 1), (20, 16_000)])
+def test_a_page_much_longer_than_wide_is_no_digit(height: int, width: int) -> None:
+    assert normalize(Image.new("L", (width, height), 255)) is None
+
+
+def test_levels_as_fractions(digits: np.ndarray) -> None:
+    expected = normalize(Image.fromarray(255 - digits[0]))
+    fractions = normalize(Image.fromarray((255 - digits[0]) / np.float32(255)))
+    assert expected is not None
+    assert fractions is not None
+    np.testing.assert_array_equal(fractions.image, expected.image)
+    with pytest.raises(ValueError, match="not finite"):
+        normalize(Image.fromarray(np.full((9, 9), np.nan, np.float32)))
+
+
 @pytest.mark.parametrize("colour", [0, 128, 255])
 def test_a_blank_page_is_no_digit(colour: int) -> None:
     assert normalize(page(colour=colour)[0]) is None

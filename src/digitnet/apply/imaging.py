@@ -140,6 +140,10 @@ def flatten(picture: Image.Image) -> Image.Image:
     """The picture in mode "L" or "RGB": 16 bits to 8, transparent to white, or to black when white shows nothing."""
     if picture.mode.startswith(("I", "F")):
         values = np.asarray(picture, np.float32)
+        if not np.isfinite(values).all():
+            raise ValueError("damaged: some pixels are not finite numbers")
+        if picture.mode == "F" and values.max() <= 1:  # levels as fractions
+            values = values * 255
         top = 2 ** np.ceil(np.log2(max(float(values.max()), 255) + 1)) - 1  # 255 for 8 bits, 4,095 for 12, 65,535
         return Image.fromarray((values * (255 / top)).clip(0, 255).astype(np.uint8))
     if picture.has_transparency_data:
@@ -217,7 +221,7 @@ def find_ink(picture: Image.Image, invert: Invert) -> Ink | None:
     level = fit.level if dark else 255 - fit.level
     coarse, size = light, round(WINDOW * min(light.shape))
     if max(light.shape) > 160:
-        coarse, size = resize(light, (light.shape[0] // 2, light.shape[1] // 2)), size // 2
+        coarse, size = resize(light, (max(1, light.shape[0] // 2), max(1, light.shape[1] // 2))), size // 2
     # Only what is wider than the window is a shadow; and no shadow is as dark as ink that runs along the edge.
     half = size // 2
     padded = np.pad(np.maximum(coarse, 0.45 * level), half, mode="edge")  # shadows go on outside

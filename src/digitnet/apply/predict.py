@@ -52,6 +52,8 @@ def predict(
     """
     if json and csv:
         raise ValueError("--json and --csv are two formats; give one of them")
+    if save_preprocessed and save_preprocessed.is_file():
+        raise ValueError(f"save_preprocessed is {save_preprocessed}, which is a file; give a folder")
     sources = list(find_pictures(files))
     with prepare_all(sources, invert, split) as prepared:
         from digitnet.apply import answers as formats  # imports torch: takes seconds, while pictures are prepared

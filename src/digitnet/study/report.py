@@ -309,7 +309,7 @@ def _list_facts(metrics: dict[str, Any], config: dict[str, Any], history: Histor
     told = {
         "Data": metrics.get("dataset"),
         "Split": metrics.get("split"),
-        "Trained": f"{len(history.epochs)} epochs" if history is not None else None,
+        "Trained": figures.format_count(int(history.epochs[-1]), "epoch") if history is not None else None,
         "Checkpoint": checkpoint,
         "Test loss": metrics.get("loss"),
         "Seed": metrics.get("seed", config.get("seed_everything")),
