@@ -10,6 +10,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities.model_summary import ModelSummary
 from torch.utils.data import DataLoader, TensorDataset
 
 from digitnet.checkpoints import verify_checkpoint
@@ -42,6 +43,13 @@ def test_channels_last_changes_the_layout_not_the_result() -> None:
         results[channels_last] = trainer.validate(model, loader, verbose=False)[0]["val/loss"]
         assert model.net.conv2.weight.is_contiguous(memory_format=torch.channels_last) == channels_last
     assert results[True] == pytest.approx(results[False], rel=1e-5)
+
+
+def test_the_summary_counts_what_an_image_costs() -> None:
+    convolutions = 28 * 28 * 49 * 64 + 14 * 14 * 9 * (64 * 128 + 128 * 128) + 7 * 7 * 9 * (128 * 256 + 256 * 256)
+    summary = ModelSummary(DigitClassifier())
+    assert summary.total_flops == 2 * (convolutions + 2304 * 128 + 128 * 64 + 64 * 10)
+    assert summary.total_parameters == 1_413_834
 
 
 def test_default_optimizer_is_keras_adam() -> None:

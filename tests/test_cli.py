@@ -25,6 +25,10 @@ from digitnet.__main__ import COMMANDS
 from digitnet.classifier import DigitClassifier
 from digitnet.data import load_bundled_digits
 
+ONE_CYCLE = (
+    "--model.lr_scheduler", "torch.optim.lr_scheduler.OneCycleLR", "--model.lr_scheduler.max_lr", "0.002",
+    "--model.lr_scheduler.total_steps", "8",
+)  # fmt: skip
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))  # those of the ablations have a test of their own
 
 
@@ -148,14 +152,15 @@ def test_validate_repeats_the_accuracy_of_the_best_epoch(digitnet: Run, trained_
     assert metrics["subset"] == "val"
 
 
-def test_a_checkpoint_outside_a_run_is_scored_with_the_flags_given(
+def test_a_checkpoint_outside_a_run_is_scored_on_the_data_it_names(
     digitnet: Run, trained_run: Path, tmp_path: Path
 ) -> None:
     shutil.copy(trained_run / "checkpoints" / "best.ckpt", tmp_path / "mine.ckpt")
-    flags = ("--data.source", "digits", "--data.split", "[1437, 180, 180]")
-    assert digitnet("test", "--ckpt_path", "mine.ckpt", *flags) == 0
-    metrics = json.loads((tmp_path / "report" / "metrics.json").read_text())
-    assert (metrics["num_images"], metrics["config_sha256"]) == (180, None)
+    for flags, split in [((), [1437, 180, 180]), (("--data.split", "[1400, 197, 200]"), [1400, 197, 200])]:
+        assert digitnet("test", "--ckpt_path", "mine.ckpt", *flags) == 0
+        metrics = json.loads((tmp_path / "mine_report" / "metrics.json").read_text())
+        assert (metrics["dataset"], metrics["split"]) == ("digits", split)
+        assert (metrics["num_images"], metrics["config_sha256"]) == (split[2], None)
 
 
 def test_other_optimizers_and_schedules_come_from_flags(digitnet: Run, tmp_path: Path) -> None:
@@ -164,6 +169,22 @@ def test_other_optimizers_and_schedules_come_from_flags(digitnet: Run, tmp_path:
     assert digitnet("fit", "--config", QUICKSTART, *SHORT, *flags, *schedule) == 0
     rates = scalars(tmp_path / "lightning_logs" / "quickstart" / "version_0", "lr-SGD")
     assert [value for _, value in rates] == pytest.approx([0.01, 0.001])
+
+
+def test_a_schedule_longer_than_the_training_is_said(digitnet: Run, caplog: pytest.LogCaptureFixture) -> None:
+    assert digitnet("fit", "--config", QUICKSTART, *SHORT, *ONE_CYCLE, "--trainer.max_epochs", 1) == 0
+    told = "model.lr_scheduler is made for 8 steps, this training has 4: the learning rate will not come to its end"
+    assert told in caplog.text
+
+
+def test_patience_of_none_stops_at_the_first_epoch_that_is_no_better(
+    digitnet: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    still = ("--model.optimizer.lr", 0, "--early_stopping.patience", 0)
+    assert digitnet("fit", "--config", QUICKSTART, *SHORT, "--trainer.max_epochs", 5, *still) == 0
+    assert len(scalars(tmp_path / "lightning_logs" / "quickstart" / "version_0", "val/loss")) == 2
+    assert digitnet("fit", "--ckpt_path", "last") == 0
+    assert "nothing was trained" in caplog.text
 
 
 def test_final_config_learns_mnist(
@@ -340,6 +361,11 @@ WRONG = [
         1,
         "val/accuracy, which is not logged; did you mean val/",
     ),
+    (["fit", "--early_stopping.patience", "-1"], 1, "early_stopping.patience is -1; it must be at least 0"),
+    (["fit", "--trainer.check_val_every_n_epoch", "0"], 1, "check_val_every_n_epoch is 0; it must be at least 1"),
+    (["fit", "--trainer.accumulate_grad_batches", "0"], 1, "accumulate_grad_batches is 0; it must be at least 1"),
+    (["fit", *ONE_CYCLE, "--trainer.max_epochs", "3"], 1, "for 8 steps, this training has 135; give --model.lr_sch"),
+    (["fit", *ONE_CYCLE, "--trainer.max_epochs", "-1"], 1, "this training has inf; give --trainer.max_epochs"),
     (["fit", "--ckpt_path"], 2, "--ckpt_path: expected one argument"),
     (["fit", "--ckpt_path", "last"], 1, "no run has a checkpoints/last.ckpt"),
     (["fit", "--ckpt_path", "nowhere.ckpt"], 1, 'ckpt_path is "nowhere.ckpt": no such file'),

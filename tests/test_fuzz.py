@@ -93,7 +93,7 @@ KEYS = [
     "data.augmentation.rotation_deg", "data.augmentation.shift_frac", "model.dropout", "model.conv_dropout",
     "model.optimizer", "model.optimizer.lr", "model.optimizer.betas", "model.lr_scheduler", "model.channels_last",
     "trainer.max_epochs", "trainer.precision", "trainer.accelerator", "trainer.callbacks", "trainer.logger",
-    "trainer.limit_train_batches",
+    "trainer.limit_train_batches", "trainer.check_val_every_n_epoch", "trainer.accumulate_grad_batches",
     "trainer.devices", "trainer.strategy", "trainer.gradient_clip_val",
     "early_stopping.monitor", "early_stopping.patience", "best_checkpoint.mode",
     "last_checkpoint.filename", "calibration.num_digits", "pictures.every_n_epochs", "seed_everything", "ckpt_path",

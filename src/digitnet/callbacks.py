@@ -51,7 +51,7 @@ class RunEarlyStopping(EarlyStopping):
         super().load_state_dict({**state_dict, "patience": self.patience})
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        trainer.should_stop = trainer.should_stop or self.wait_count >= self.patience
+        trainer.should_stop = trainer.should_stop or self.wait_count >= max(self.patience, 1)
 
 
 class WholeCheckpointIO(TorchCheckpointIO):

@@ -82,6 +82,14 @@ def verify_checkpoint(path: Path, to_resume: bool = False) -> dict[str, Any]:
     return checkpoint
 
 
+def read_data_settings(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The source and the split that a checkpoint was trained with, as far as it holds them."""
+    settings = checkpoint.get("datamodule_hyper_parameters")
+    known = settings if isinstance(settings, dict) else {}
+    found: dict[str, Any] = {"source": known["source"]} if isinstance(known.get("source"), str) else {}
+    return found | {"split": list(known["split"])} if isinstance(known.get("split"), (tuple, list)) else found
+
+
 def make_net(checkpoint: dict[str, Any]) -> Network:
     """An untrained network of the kind that a checkpoint's ``state_dict`` holds the weights of."""
     names = [str(name).removeprefix("net.") for name in checkpoint["state_dict"] if str(name).startswith("net.")]

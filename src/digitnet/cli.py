@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import math
 import os
 import shlex
 import sys
@@ -53,6 +54,7 @@ from digitnet.checkpoints import (
     find_newest,
     find_run,
     is_of_architecture,
+    read_data_settings,
     verify_checkpoint,
 )
 from digitnet.classifier import DigitClassifier
@@ -64,6 +66,7 @@ from digitnet.pictures import Pictures
 from digitnet.scores import WriteScores
 
 METRICS = ("train/loss", "train/acc", "val/loss", "val/acc")
+AT_LEAST = {"trainer.check_val_every_n_epoch": 1, "trainer.accumulate_grad_batches": 1, "early_stopping.patience": 0}
 
 USAGE = "python -m digitnet {} [--config FILE.yaml] [--flag value ...]"
 DESCRIPTIONS = {
@@ -170,11 +173,14 @@ class DigitCLI(LightningCLI):
                 self.checkpoint, damage = choose_resumable(self.checkpoint)
                 if damage:
                     rank_zero_info(f"{damage}; going on from the one before it")
-            else:
-                verify_checkpoint(self.checkpoint)
+            stored = verify_checkpoint(self.checkpoint)
             self.run_dir = find_run(self.checkpoint)
             if self.run_dir:
                 flags = ["--config", str(self.run_dir / "config.yaml"), *flags]
+            else:  # it knows what it was trained on, at least
+                known = [f"--data.{name}={value}" for name, value in read_data_settings(stored).items()]
+                flags = [*known, *flags]
+            del stored
             flags += ["--ckpt_path", str(self.checkpoint)]
             rank_zero_info(f"{subcommand}: {self.checkpoint}")
         self.config = parser.parse_args([subcommand, *flags])
@@ -194,6 +200,9 @@ class DigitCLI(LightningCLI):
             # They have done their work; the teacher's file may be gone.
             config.model.teacher = config.model.selection = None
             return
+        for key, at_least in AT_LEAST.items():
+            if (value := config.get(key)) is not None and value < at_least:
+                raise ValueError(f"{key} is {value}; it must be at least {at_least}")
         for key in ("early_stopping", "best_checkpoint"):
             if config[key].monitor not in METRICS:
                 near = nearest_name(config[key].monitor, METRICS) or f"; there are {', '.join(METRICS)}"
@@ -246,18 +255,20 @@ class DigitCLI(LightningCLI):
         kwargs["enable_progress_bar"] = watched
         try:
             return self._instantiate_trainer({**settings, "callbacks": callbacks, **kwargs}, [])
-        except (TypeError, RuntimeError) as error:  # how Lightning refuses some values, such as devices -1 on a CPU
+        except (TypeError, RuntimeError, ImportError, ArithmeticError) as error:  # how Lightning refuses some values
             raise ValueError(f"trainer: {error}") from error
 
     def fit(self, model: DigitClassifier, **kwargs: Any) -> None:
         # Data, optimizer and log folder first: where one of them is wrong, no half-made run is left behind.
         self.datamodule.setup("fit")
         try:
-            model.configure_optimizers()
+            optimization = model.configure_optimizers()
         except ValueError:
             raise
         except Exception as error:  # any optimizer, any argument: learning rate null is a TypeError
             raise ValueError(f"model.optimizer or model.lr_scheduler: {error}") from error
+        if isinstance(optimization, dict):
+            self._check_schedule(optimization["lr_scheduler"]["scheduler"])
         first_step = 0
         if self.checkpoint:
             stored = verify_checkpoint(self.checkpoint)
@@ -282,6 +293,28 @@ class DigitCLI(LightningCLI):
                 if self.trainer.interrupted:
                     sys.exit(143 if self.stop.terminated else 130)
                 raise
+        if self.trainer.global_step == first_step:
+            rank_zero_info("nothing was trained: the limits leave no step, or the run had ended already")
+
+    def _check_schedule(self, scheduler: Any) -> None:
+        """Refuse a schedule of a fixed number of steps that ends before the training; say so if it ends after it."""
+        scheduled = getattr(scheduler, "total_steps", None)  # OneCycleLR's, which counts steps
+        if scheduled is None:
+            return
+        trainer = self.trainer
+        images = math.ceil(self.datamodule.split[0] / trainer.world_size)
+        batches = math.ceil(images / self.datamodule.batch_size)
+        limit = trainer.limit_train_batches
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        epoch = math.ceil(batches / trainer.accumulate_grad_batches)
+        epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
+        steps = epoch * epochs if trainer.max_steps == -1 else min(epoch * epochs, trainer.max_steps)
+        told = f"model.lr_scheduler is made for {scheduled:,} steps, this training has {steps:,}"
+        if steps > scheduled:
+            remedy = f"--model.lr_scheduler.total_steps {steps}" if steps < math.inf else "--trainer.max_epochs"
+            raise ValueError(f"{told}; give {remedy}")
+        if steps < scheduled:
+            rank_zero_info(f"{told}: the learning rate will not come to its end")
 
     def validate(self, model: DigitClassifier, **kwargs: Any) -> None:
         with explain_failures(self.trainer):

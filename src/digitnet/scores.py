@@ -64,7 +64,7 @@ class WriteScores(CollectScores):
 
     Args:
         checkpoint: the checkpoint scored.
-        run_dir: its run's folder; None puts ``report/`` beside the checkpoint.
+        run_dir: its run's folder; None puts a folder ``<checkpoint>_report/`` beside the checkpoint.
         command: what was typed, for the record.
     """
 
@@ -73,7 +73,8 @@ class WriteScores(CollectScores):
         self.checkpoint = checkpoint
         self.run_dir = run_dir
         self.command = command
-        self.report_dir = (run_dir or checkpoint.absolute().parent) / "report"
+        beside = checkpoint.absolute().with_name(f"{checkpoint.stem}_report")
+        self.report_dir = run_dir / "report" if run_dir else beside
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._write(trainer, "test", prefix="")

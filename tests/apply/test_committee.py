@@ -48,9 +48,8 @@ def test_test_scores_the_mean_of_the_members(
     mean = each.mean(dim=0)
     assert len(torch.unique(each.argmax(dim=2), dim=0)) == 3  # they do not agree
 
-    flags = ("--data.source", "digits", "--data.split", "[1437,180,180]", "--trainer.precision", "32-true")
-    assert digitnet("test", "--ckpt_path", committee, *flags) == 0
-    metrics = json.loads((tmp_path / "report" / "metrics.json").read_text())
+    assert digitnet("test", "--ckpt_path", committee, "--trainer.precision", "32-true") == 0
+    metrics = json.loads((tmp_path / "all_report" / "metrics.json").read_text())
     assert metrics["num_errors"] == int((mean.argmax(dim=1) != labels).sum())
 
     found = np.array([reading.probabilities for reading in Predictor.load(committee).read(digits.images[-180:])])

@@ -66,6 +66,17 @@ def test_a_file_that_differs_is_not_put_in_place(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("output", ["model.json", "model.txt", "folder.pt2"])
+def test_an_output_that_cannot_be_is_told_before_the_work(
+    digitnet: Run, trained_run: Path, tmp_path: Path, capsys: Any, output: str
+) -> None:
+    (tmp_path / "folder.pt2").mkdir()
+    checkpoint = trained_run / "checkpoints" / "best.ckpt"
+    assert digitnet("export", "--ckpt_path", checkpoint, "--format", "pt2", "--output", output) == 1
+    assert f"output is {output}; it must be a file whose name ends in .pt2" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.pt2"]
+
+
 def test_a_missing_package_is_one_line(
     digitnet: Run, trained_run: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

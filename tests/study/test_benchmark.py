@@ -34,9 +34,12 @@ def test_a_short_benchmark_of_the_real_fit(digitnet: Run, tmp_path: Path, capsys
     assert not (tmp_path / "lightning_logs").exists()  # it leaves no run behind
 
 
-def test_a_selection_is_timed_as_part_of_the_step(digitnet: Run, tmp_path: Path) -> None:
-    config = QUICKSTART.read_text().replace("model:", "model:\n  selection: {class_path: digitnet.HardExamples}")
-    Path("chosen.yaml").write_text(config)
+def test_a_selection_is_timed_and_a_schedule_that_would_end_too_soon_left_out(digitnet: Run, tmp_path: Path) -> None:
+    text = "model:\n  selection: {class_path: digitnet.HardExamples}\n"
+    text += (
+        "  lr_scheduler: {class_path: torch.optim.lr_scheduler.OneCycleLR, init_args: {max_lr: 0.002, total_steps: 2}}"
+    )
+    Path("chosen.yaml").write_text(QUICKSTART.read_text().replace("model:", text))
     assert digitnet("benchmark", "--config", "chosen.yaml", "--steps", 2, "--rounds", 1, "--output", "speed.json") == 0
     result = json.loads((tmp_path / "speed.json").read_text())
     kept = 2 * (2 * CONV1 + 3 * REST) / 4  # of four images, one

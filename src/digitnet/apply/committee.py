@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import torch
 
 from digitnet.calibrate import fit_calibration, fit_max_score
 from digitnet.calibration import Calibration
-from digitnet.checkpoints import load_net, save_checkpoint
+from digitnet.checkpoints import load_net, read_data_settings, save_checkpoint
 from digitnet.data import MNISTDataModule
 from digitnet.model import Committee
 
@@ -38,13 +37,14 @@ def committee(checkpoints: list[Path], output: Path = Path("committee.ckpt"), da
         raise ValueError(f"a committee needs two checkpoints or more; there is {len(paths)}")
     loaded = [load_net(path) for path in paths]
     first = loaded[0][1]
-    data = {"source": "mnist", "split": (60_000, 5_000, 5_000)} | _data_of(first)
+    known = read_data_settings(first)
+    data = {"source": "mnist", "split": (60_000, 5_000, 5_000)} | known
     members = []
     for path, (net, checkpoint) in zip(paths, loaded, strict=True):
         if isinstance(net, Committee):
             raise ValueError(f"{path} is a committee already; give its members")
-        if _data_of(checkpoint) != _data_of(first):
-            raise ValueError(f"{path} was trained on {_data_of(checkpoint)}, {paths[0]} on {_data_of(first)}")
+        if read_data_settings(checkpoint) != known:
+            raise ValueError(f"{path} was trained on {read_data_settings(checkpoint)}, {paths[0]} on {known}")
         members.append(net)
     module = MNISTDataModule(source=data["source"], split=tuple(data["split"]), data_dir=data_dir)
     module.setup("validate")
@@ -68,8 +68,3 @@ def committee(checkpoints: list[Path], output: Path = Path("committee.ckpt"), da
     save_checkpoint(combined, output)
     num_parameters = sum(weight.numel() for weight in net.parameters())
     print(f"{output}: {len(members)} networks, {num_parameters:,} parameters")
-
-
-def _data_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    settings = checkpoint.get("datamodule_hyper_parameters")
-    return {key: settings[key] for key in ("source", "split") if key in settings} if isinstance(settings, dict) else {}

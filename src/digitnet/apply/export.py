@@ -20,7 +20,7 @@ import torch
 
 from digitnet.apply.predictor import BATCH_SIZE, Predictor
 from digitnet.calibration import CalibratedNet
-from digitnet.checkpoints import find_newest, find_run, verify_checkpoint
+from digitnet.checkpoints import find_newest, find_run, read_data_settings, verify_checkpoint
 from digitnet.data import Digits, fetch_digits
 from digitnet.files import replace_whole
 from digitnet.machine import list_versions
@@ -68,14 +68,16 @@ def export(
         OSError: there is no checkpoint, the data cannot be had, or a file cannot be written.
     """
     checkpoint = ckpt_path or find_newest("best.ckpt")
+    if output is None:
+        output = (find_run(checkpoint) or checkpoint.parent) / "export" / f"digitnet.{format}"
+    if output.suffix != f".{format}" or output.is_dir():
+        raise ValueError(f"output is {output}; it must be a file whose name ends in .{format}")
     predictor = Predictor.load(checkpoint)
     if format == "onnx":
         require("onnx", "onnxscript", "onnxruntime")
     source, split, digits = load_test_digits(checkpoint, data_dir)
     expected = run_eagerly(predictor, digits.images)
-    if output is None:
-        output = (find_run(checkpoint) or checkpoint.parent) / "export" / f"digitnet.{format}"
-    with replace_whole(output) as part, replace_whole(output.with_suffix(".json")) as card_part:
+    with replace_whole(output.with_suffix(".json")) as card_part, replace_whole(output) as part:
         write, load = (write_onnx, load_onnx) if format == "onnx" else (write_pt2, load_pt2)
         write(predictor.model, part)
         comparison = compare(load(part), digits, expected)
@@ -114,8 +116,8 @@ def require(*packages: str) -> None:
 
 def load_test_digits(checkpoint: Path, data_dir: Path | None) -> tuple[str, list[int], Digits]:
     """The source, the split and the test digits that a checkpoint was trained with; MNIST's where it does not say."""
-    settings = verify_checkpoint(checkpoint).get("datamodule_hyper_parameters", {})
-    source, split = settings.get("source", "mnist"), list(settings.get("split", (60_000, 5_000, 5_000)))
+    settings = read_data_settings(verify_checkpoint(checkpoint))
+    source, split = settings.get("source", "mnist"), settings.get("split", [60_000, 5_000, 5_000])
     digits = fetch_digits(source, data_dir)
     start = split[0] + split[1]
     return source, split, Digits(digits.images[start:], digits.labels[start:])

@@ -105,11 +105,13 @@ def time_fit(config: Path, steps: int, rounds: int, turns: Turns, folder: str) -
             trainer.limit_val_batches = count_val_batches(steps, self.datamodule.eval_batch_size)
             # First, so that fit's own clock starts after the others had their turns.
             trainer.callbacks.insert(0, turns)  # type: ignore[attr-defined]
+            trainer.callbacks.remove(self.stop)  # type: ignore[attr-defined]  # which would say how to go on
             return trainer
 
     flags = [f"--trainer.max_epochs={rounds + 1}", f"--trainer.limit_train_batches={steps}"]
     flags += [f"--trainer.logger.save_dir={folder}", "--trainer.devices=1", "--trainer.enable_model_summary=false"]
     flags += [f"--early_stopping.patience={rounds + 1}", "--pictures.every_n_epochs=0", "--calibration.num_digits=0"]
+    flags += ["--model.lr_scheduler=null"]  # it may be made for fewer steps than are timed
     prepare_process()
     return TimedCLI(["fit", "--config", str(config), *flags])
 
