@@ -71,9 +71,8 @@ class DigitClassifier(L.LightningModule):
         if architecture not in ARCHITECTURES:
             raise ValueError(f"architecture is {architecture}; there are {', '.join(ARCHITECTURES)}")
         self.net: Network = ARCHITECTURES[architecture](dropout, conv_dropout)
-        self.example_input_array = torch.zeros(
-            1, 1, 28, 28, dtype=torch.uint8
-        )  # for the sizes and FLOPs of the summary
+        # For the sizes and FLOPs of Lightning's summary.
+        self.example_input_array = torch.zeros(1, 1, 28, 28, dtype=torch.uint8)
         self.metrics = nn.ModuleDict()
         for stage in ("train", "val", "test"):
             self.metrics[f"{stage}/loss"] = MeanMetric(nan_strategy="disable")  # or it would hide a NaN loss
