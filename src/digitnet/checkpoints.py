@@ -38,6 +38,12 @@ def find_run(checkpoint: Path) -> Path | None:
     return run if checkpoint.parent.name == "checkpoints" and (run / "config.yaml").is_file() else None
 
 
+def find_report_dir(checkpoint: Path) -> Path:
+    """Where a checkpoint's figures go: its run's ``report/``, or ``<checkpoint>_report/`` beside it."""
+    run = find_run(checkpoint)
+    return run / "report" if run else checkpoint.absolute().with_name(f"{checkpoint.stem}_report")
+
+
 def verify_checkpoint(path: Path, to_resume: bool = False) -> dict[str, Any]:
     """Check that a file is a DigitClassifier's checkpoint; nothing in it is executed.
 

@@ -15,6 +15,7 @@ import yaml
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from digitnet.checkpoints import find_report_dir
 from digitnet.data import find_data
 from digitnet.files import replace_whole
 from digitnet.machine import describe_hardware, list_versions
@@ -64,7 +65,7 @@ class WriteScores(CollectScores):
 
     Args:
         checkpoint: the checkpoint scored.
-        run_dir: its run's folder; None puts a folder ``<checkpoint>_report/`` beside the checkpoint.
+        run_dir: its run's folder; None where it lies outside a run.
         command: what was typed, for the record.
     """
 
@@ -73,8 +74,7 @@ class WriteScores(CollectScores):
         self.checkpoint = checkpoint
         self.run_dir = run_dir
         self.command = command
-        beside = checkpoint.absolute().with_name(f"{checkpoint.stem}_report")
-        self.report_dir = run_dir / "report" if run_dir else beside
+        self.report_dir = find_report_dir(checkpoint)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._write(trainer, "test", prefix="")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -232,6 +233,25 @@ def test_scores_a_run_and_writes_its_table_and_figures(
     )
     assert f"| mean of 15 |  | {100 * record['mean_of_15']:.2f} % | 75.9 % |" in table
     assert f"mean of 15{record['mean_of_15']:12.2%}" in out
+
+
+def test_a_checkpoint_outside_a_run_is_scored_on_the_data_it_names(
+    digitnet: Run,
+    trained_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("digitnet.study.robustness.CORRUPTIONS", {"fog": CORRUPTIONS["fog"]})  # the others take time
+    shutil.copy(trained_run / "checkpoints" / "best.ckpt", tmp_path / "mine.ckpt")
+    assert digitnet("robustness", "--ckpt_path", "mine.ckpt") == 0
+    assert capsys.readouterr().out.startswith("180 test images of digits, mine.ckpt\n")
+    assert (tmp_path / "mine_report" / "robustness.md").is_file()
+
+
+def test_a_negative_seed_is_refused(digitnet: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert digitnet("robustness", "--seed", "-1") == 1
+    assert capsys.readouterr().err == "digitnet: error: seed is -1; it must be at least 0\n"
 
 
 def test_without_scikit_image_it_says_what_to_install(

@@ -11,7 +11,7 @@ import torch
 
 from digitnet import figures
 from digitnet.calibrate import predict
-from digitnet.checkpoints import find_newest, find_run, load_net
+from digitnet.checkpoints import find_newest, find_report_dir, find_run, load_net, read_data_settings
 from digitnet.data import MNISTDataModule
 from digitnet.machine import describe_hardware, list_versions
 from digitnet.study.corruptions import CORRUPTIONS, corrupt
@@ -34,10 +34,10 @@ def robustness(
 
     Args:
         ckpt_path: the checkpoint; by default the newest run's best.
-        config: a config of fit, whose test images to take; by default the run's own, or MNIST with the write-up's split
-            where the checkpoint lies outside a run.
+        config: a config of fit, whose test images to take; by default the run's own; a checkpoint outside a run
+            names its data itself.
         folder: where robustness.json, robustness.md, robustness.png and corruptions.png are written; by default the
-            run's report/, or report/ beside the checkpoint.
+            run's report/, or <checkpoint>_report/ beside a checkpoint that has no run.
         seed: of the corruptions' draws.
 
     Raises:
@@ -45,13 +45,15 @@ def robustness(
         ValueError: the checkpoint or the config cannot be used, or scikit-image is missing.
         OSError: the data cannot be read, or the folder cannot be written.
     """
+    if seed < 0:
+        raise ValueError(f"seed is {seed}; it must be at least 0")
     checkpoint = find_newest("best.ckpt") if ckpt_path is None else ckpt_path
-    net, _ = load_net(checkpoint)
+    net, stored = load_net(checkpoint)
     net = net.to(memory_format=torch.channels_last)
     run = find_run(checkpoint)
     config = run / "config.yaml" if run and config is None else config
-    folder = folder or (run or checkpoint.absolute().parent) / "report"
-    module = load_data_module(read_config(config)) if config else MNISTDataModule()
+    folder = folder or find_report_dir(checkpoint)
+    module = load_data_module(read_config(config)) if config else MNISTDataModule(**read_data_settings(stored))
     module.setup("test")
     dataset = module.datasets[2]
     images, labels = dataset.images[:, 0].numpy(), dataset.labels
