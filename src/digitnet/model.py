@@ -73,8 +73,8 @@ class ResidualNet(nn.Module):
 
     Source: the network of github.com/ttdoucet/mnist. Differs from it: one convolution at 28x28 pixels instead of two,
     as these cost a third of the arithmetic, of 7x7 as DigitNet's instead of 5x5; running statistics of more steps; and
-    dropout. Its close look at the digit, the middle of the image enlarged by a seventh, is of 24.5x24.5 pixels instead
-    of 25x25; in training, too, so that the augmentation has the shift to itself.
+    dropout. What is enlarged is the middle 24.5x24.5 pixels, in training, too, where the source cuts 25x25 at random:
+    to shift is left to the augmentation.
 
     Args:
         dropout: probability of dropping a feature before the dense layer, in [0, 1).
