@@ -124,8 +124,13 @@ def test_without_a_calibration_nothing_changes() -> None:
 
 @pytest.mark.parametrize("num_digits", [0, 30])
 def test_fit_leaves_a_calibration_in_the_best_checkpoint(digitnet: Run, tmp_path: Path, num_digits: int) -> None:
-    assert digitnet("fit", "--config", QUICKSTART, *SHORT, "--calibration.num_digits", num_digits) == 0
-    (best,) = tmp_path.rglob("best.ckpt")
+    own = (
+        "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint", "--trainer.callbacks.monitor=val/loss",
+        "--trainer.callbacks.filename=mine",
+    )  # fmt: skip
+    assert digitnet("fit", "--config", QUICKSTART, *SHORT, "--calibration.num_digits", num_digits, *own) == 0
+    (best,), (mine,) = tmp_path.rglob("best.ckpt"), tmp_path.rglob("mine.ckpt")
+    assert "calibration" not in torch.load(mine, weights_only=True)
     checkpoint = torch.load(best, weights_only=True)
     calibration = Calibration.from_state(checkpoint["calibration"])
     assert 0.5 <= float(calibration.temperature) <= 10

@@ -145,11 +145,12 @@ def test_test_takes_the_newest_best_checkpoint_and_scores_each_image_once(
 
 def test_validate_repeats_the_accuracy_of_the_best_epoch(digitnet: Run, trained_run: Path, tmp_path: Path) -> None:
     run = shutil.copytree(trained_run.parents[1], tmp_path / "lightning_logs") / "quickstart" / "version_0"
-    assert digitnet("validate", "--ckpt_path", run / "checkpoints" / "best.ckpt") == 0
+    left = ("--trainer.overfit_batches", 1)  # as in the config.yaml of a run that tried whether it can overfit
+    assert digitnet("validate", "--ckpt_path", run / "checkpoints" / "best.ckpt", *left) == 0
     metrics = json.loads((run / "report" / "validate_metrics.json").read_text())
     _, accuracy = scalars(run, "val/acc")[metrics["epoch"]]
     assert metrics["accuracy"] == pytest.approx(accuracy)
-    assert metrics["subset"] == "val"
+    assert (metrics["subset"], metrics["num_images"]) == ("val", 180)
 
 
 def test_a_checkpoint_outside_a_run_is_scored_on_the_data_it_names(
@@ -311,6 +312,27 @@ def test_going_on_with_a_stopped_run_ends_at_once(digitnet: Run, tmp_path: Path)
     assert yaml.safe_load((run / "config.yaml").read_text())["early_stopping"]["patience"] == 3
 
 
+def test_going_on_keeps_the_optimizer_and_the_schedule(
+    digitnet: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert digitnet("fit", "--config", QUICKSTART, *SHORT, *ONE_CYCLE) == 0
+    run = tmp_path / "lightning_logs" / "quickstart" / "version_0"
+    outside = shutil.copy(run / "checkpoints" / "last.ckpt", tmp_path / "mine.ckpt")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    on = "going on keeps the run's; to train with another, start anew: python -m digitnet fit --config "
+    for flags, line in [
+        (("last", "--model.optimizer.lr", "1e-4"), "model.optimizer is not that of lightning_logs/quickstart/ver"),
+        (("last", "--model.optimizer", "torch.optim.SGD"), on),
+        (("last", "--model.lr_scheduler.total_steps", 12, "--trainer.max_epochs", 3), "model.lr_scheduler is not"),
+        (("last", "--trainer.max_epochs", 3), "for 8 steps, this training has 12; give --trainer.max_epochs 2"),
+        ((outside,), "mine.ckpt lies outside a run: give the config it was trained with, --config"),
+        ((outside, "--config", QUICKSTART, "--model.architecture=residual"), "holds another architecture than resid"),
+    ]:
+        assert digitnet("fit", "--ckpt_path", *flags) == 1
+        assert line in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 def test_ctrl_c_keeps_the_last_checkpoint_and_says_how_to_go_on(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "digitnet", "fit", "--config", str(QUICKSTART), *map(str, SHORT)]
     with subprocess.Popen(
@@ -342,6 +364,7 @@ WRONG = [
     (["fit", "--trainer.max_epoch", "3"], 2, "did you mean trainer.max_epochs?"),
     (["fit", "--model.droput", "0.3"], 2, "did you mean model.dropout?"),
     (["fit", "--config", "typo.yaml"], 2, "does not accept option 'model.droput'; did you mean model.dropout?"),
+    (["fit", "--config", "resume.yaml"], 1, "a config has ckpt_path: a.ckpt; give it as a flag, --ckpt_path"),
     (["fit", "--config", "missing.yaml"], 2, "missing.yaml"),
     (["fit", "--config", "broken.yaml"], 2, "line 2"),
     (["fit", "--trainer.max_epochs", "many"], 2, '"trainer.max_epochs": Expected int Given value: many'),
@@ -385,6 +408,7 @@ def test_bad_input_is_told_in_one_line(
     digitnet: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], args: list[str], code: int, line: str
 ) -> None:
     (tmp_path / "typo.yaml").write_text("model:\n  droput: 0.3\n")
+    (tmp_path / "resume.yaml").write_text("ckpt_path: a.ckpt\n")
     (tmp_path / "broken.yaml").write_text("model: [\n")
     (tmp_path / "text.ckpt").write_text("not a checkpoint")
     (tmp_path / "a_file").write_text("a file, not a folder")

@@ -97,7 +97,7 @@ class AverageWeights(WeightAveraging):
 
     Args:
         decay: share of the old average that each step keeps, in [0, 1); 0.99 averages about the last 100 steps. The
-            first steps keep less, so that each counts as its age says, and the beginning for no more.
+            first steps keep less (bias correction), so that the untrained weights do not count too much.
 
     Raises:
         ValueError: ``decay`` lies outside its range.
@@ -114,6 +114,12 @@ class AverageWeights(WeightAveraging):
         get_ema_multi_avg_fn(1 - (1 - self.decay) / total)(averages, currents, num_averaged)
 
 
+def find_keeper(trainer: L.Trainer, of_best: bool) -> ModelCheckpoint | None:
+    """The run's own ModelCheckpoint, of the best epoch or of the last one; others, which a user added, come before."""
+    keepers = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
+    return next((each for each in reversed(keepers) if bool(each.monitor) == of_best), None)
+
+
 class RestoreBestWeights(Callback):
     """After ``fit``, put the best checkpoint's weights back into the module (Keras' ``restore_best_weights``).
 
@@ -121,12 +127,12 @@ class RestoreBestWeights(Callback):
     """
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        for callback in trainer.checkpoint_callbacks:
-            if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_path:
-                checkpoint = torch.load(callback.best_model_path, map_location=pl_module.device, weights_only=True)
-                pl_module.load_state_dict(checkpoint["state_dict"])
-                path = os.path.relpath(callback.best_model_path)
-                rank_zero_info(f"best {callback.monitor} {callback.best_model_score:.4f}: {path}")
+        best = find_keeper(trainer, of_best=True)
+        if best and best.best_model_path:
+            checkpoint = torch.load(best.best_model_path, map_location=pl_module.device, weights_only=True)
+            pl_module.load_state_dict(checkpoint["state_dict"])
+            path = os.path.relpath(best.best_model_path)
+            rank_zero_info(f"best {best.monitor} {best.best_model_score:.4f}: {path}")
 
 
 class Calibrate(Callback):
@@ -149,15 +155,15 @@ class Calibrate(Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         data = find_data(trainer)
-        best = [c.best_model_path for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor]
-        if not (trainer.is_global_zero and best and best[0] and isinstance(data, MNISTDataModule)):
+        best = find_keeper(trainer, of_best=True)
+        if not (trainer.is_global_zero and best and best.best_model_path and isinstance(data, MNISTDataModule)):
             return
         assert isinstance(pl_module, DigitClassifier)
         train, val, _ = data.datasets
         was_training = pl_module.net.training
         calibration = fit_calibration(pl_module.net, train, val, self.num_digits)
         pl_module.net.train(was_training)
-        path = Path(best[0])
+        path = Path(best.best_model_path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["calibration"] = calibration.state_dict()
         save_checkpoint(checkpoint, path)
@@ -277,7 +283,7 @@ class StopOnNaN(Callback):
         raise ValueError(
             f"{name} is {loss.item()} in epoch {trainer.current_epoch}, after step {trainer.global_step}. Try a lower "
             f"learning rate (--model.optimizer.lr; it is {rate:g}), --trainer.gradient_clip_val 1{precision}; "
-            "checkpoints of the epochs before are kept"
+            "checkpoints of the epochs before are kept, and going on from one keeps the rate"
         )
 
 
@@ -307,7 +313,7 @@ class StopCleanly(Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if not isinstance(exception, KeyboardInterrupt):
             return
-        last = next((c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and not c.monitor), None)
+        last = find_keeper(trainer, of_best=False)
         if last and last.best_model_path:
             rank_zero_info(
                 f"stopped in epoch {trainer.current_epoch}; the epochs before it are kept. "

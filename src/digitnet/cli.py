@@ -166,7 +166,9 @@ class DigitCLI(LightningCLI):
         subcommand, *flags = args
         finder = PathFinder(add_help=False, allow_abbrev=False)
         finder.add_argument("--ckpt_path", default=None if subcommand == "fit" else "best")
-        ckpt_path = finder.parse_known_args(flags)[0].ckpt_path
+        finder.add_argument("--config", action="append")
+        typed = finder.parse_known_args(flags)[0]
+        ckpt_path, own = typed.ckpt_path, None
         if ckpt_path is not None and not {"-h", "--help"} & set(flags):
             self.checkpoint = find_newest(f"{ckpt_path}.ckpt") if ckpt_path in ("best", "last") else Path(ckpt_path)
             if subcommand == "fit":
@@ -176,19 +178,31 @@ class DigitCLI(LightningCLI):
             stored = verify_checkpoint(self.checkpoint)
             self.run_dir = find_run(self.checkpoint)
             if self.run_dir:
-                flags = ["--config", str(self.run_dir / "config.yaml"), *flags]
+                own = ["--config", str(self.run_dir / "config.yaml")]
+                flags = [*own, *flags]
+            elif subcommand == "fit" and not typed.config:
+                raise ValueError(f"{self.checkpoint} lies outside a run: give the config it was trained with, --config")
             else:  # it knows what it was trained on, at least
                 known = [f"--data.{name}={value}" for name, value in read_data_settings(stored).items()]
                 flags = [*known, *flags]
             del stored
-            flags += ["--ckpt_path", str(self.checkpoint)]
             rank_zero_info(f"{subcommand}: {self.checkpoint}")
         self.config = parser.parse_args([subcommand, *flags])
+        config = self.config[subcommand]
+        if config.ckpt_path and str(config.ckpt_path) != ckpt_path:  # read too late to find the run by it
+            raise ValueError(f"a config has ckpt_path: {config.ckpt_path}; give it as a flag, --ckpt_path")
+        config.ckpt_path = str(self.checkpoint) if self.checkpoint else None
+        if subcommand == "fit" and own:
+            before = parser.parse_args([subcommand, *own])[subcommand].model
+            for name in ("optimizer", "lr_scheduler"):
+                if config.model[name] != before[name]:  # Lightning would load the old one's settings over these
+                    raise ValueError(
+                        f"model.{name} is not that of {self.run_dir}: going on keeps the run's; to train with "
+                        f"another, start anew: python -m digitnet fit --config {own[1]}, and your flags"
+                    )
 
     def _parse_ckpt_path(self) -> None:
-        # Lightning would let the checkpoint's hyper-parameters override flags; the run's config.yaml has them already.
-        if self.run_dir is None:
-            super()._parse_ckpt_path()
+        """Do nothing: Lightning would let the checkpoint's hyper-parameters override what was typed."""
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
@@ -196,6 +210,7 @@ class DigitCLI(LightningCLI):
             # Every image is scored, whatever the training left out; nothing is logged.
             config.trainer.logger = config.trainer.fast_dev_run = False
             config.trainer.limit_val_batches = config.trainer.limit_test_batches = None
+            config.trainer.overfit_batches = 0.0
             self.save_config_callback = None
             # They have done their work; the teacher's file may be gone.
             config.model.teacher = config.model.selection = None
@@ -312,6 +327,8 @@ class DigitCLI(LightningCLI):
         told = f"model.lr_scheduler is made for {scheduled:,} steps, this training has {steps:,}"
         if steps > scheduled:
             remedy = f"--model.lr_scheduler.total_steps {steps}" if steps < math.inf else "--trainer.max_epochs"
+            if self.checkpoint:  # going on keeps the schedule
+                remedy = f"--trainer.max_epochs {scheduled // epoch}"
             raise ValueError(f"{told}; give {remedy}")
         if steps < scheduled:
             rank_zero_info(f"{told}: the learning rate will not come to its end")
