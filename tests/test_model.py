@@ -113,7 +113,7 @@ def test_residual_net_is_the_sources_without_its_second_convolution() -> None:
         x = norm(x, f"norm{number + 1}")
         if number < 3:
             x = F.max_pool2d(conv(x, f"conv{number + 1}"), 2, ceil_mode=True)
-    expected = F.linear(x.mean(dim=(2, 3)), state["fc.weight"], state["fc.bias"])
+    expected = F.linear(x.mean(dim=(2, 3)), state["head.weight"], state["head.bias"])
     with torch.no_grad():
         torch.testing.assert_close(net(images), expected, rtol=1e-3, atol=1e-4)
         # Only the shape of the light counts, not how bright it is; an empty image has none.
@@ -128,6 +128,14 @@ def test_an_architecture_is_told_by_its_weights() -> None:
         made = make_net({"state_dict": {f"net.{name}": weight for name, weight in net.state_dict().items()}})
         made.load_state_dict(net.state_dict())
         assert str(made) == str(net)
+
+
+def test_a_residual_net_that_looked_at_images_otherwise_is_refused(tmp_path: Path) -> None:
+    names = {name: name.replace("head", "fc") for name in ResidualNet().state_dict()}
+    weights = {f"net.{names[name]}": weight for name, weight in ResidualNet().state_dict().items()}
+    torch.save({"state_dict": weights, "pytorch-lightning_version": "2.6.6"}, tmp_path / "old.ckpt")
+    with pytest.raises(ValueError, match=r"old.ckpt is of another architecture: net.fc.bias should be none"):
+        load_net(tmp_path / "old.ckpt")
 
 
 def test_a_residual_net_is_trained_scored_and_gone_on_with(

@@ -81,7 +81,7 @@ def predict(module: nn.Module, images: Tensor, device: torch.device, batch_size:
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """The number to divide logits (N, 10) by that makes the labels (N,) most likely, in [0.5, 10].
 
-    A few hundred images that are all read right would have it at 0.
+    Bounded below, as a few hundred images that are all read right would make 0 the likeliest.
 
     Source: Guo et al. 2017, On Calibration of Modern Neural Networks, arXiv 1706.04599.
     """
@@ -97,7 +97,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 def choose_threshold(confidence: np.ndarray, accuracy: float = TARGET_ACCURACY) -> float:
     """The lowest confidence from which on answers are right often enough, going by their calibrated confidence.
 
-    Not by counting mistakes: of 1,000 answers one may be wrong, and of MNIST's labels as many are.
+    The mistakes themselves are not counted: where one answer in 1,000 may be wrong, as many of MNIST's labels are.
 
     Args:
         confidence: (N,) in [0, 1], the calibrated probability of each answer.

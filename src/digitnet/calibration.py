@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from digitnet.model import Network
+from digitnet.model import Network, to_levels
 
 MIN_CONFIDENCE = 0.5  # below, all other digits together are more likely
 
@@ -44,7 +44,7 @@ class Detector(nn.Module):
         Args:
             images: (B, 1, 28, 28), uint8 in [0, 255] or floating point in [0, 1].
         """
-        x = images.float() / 255 if images.dtype == torch.uint8 else images  # (B, 1, 28, 28)
+        x = to_levels(images)  # (B, 1, 28, 28)
         x = F.relu(self.pool(self.conv1(x)))  # (B, 16, 14, 14)
         x = F.relu(self.conv2(x))  # (B, 32, 14, 14)
         x = F.relu(self.pool(self.conv3(x)))  # (B, 32, 7, 7)

@@ -148,10 +148,8 @@ def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
             part.write_bytes(content.getbuffer())
     except OSError as error:
         kept = "the one before it is kept" if path.is_file() else "nothing is kept"
-        raise OSError(
-            f"cannot save {path} ({os.strerror(error.errno or 0)}); {kept}. Make room, "
-            "then go on: python -m digitnet fit --ckpt_path last"
-        ) from error
+        advice = ". Make room, then go on: python -m digitnet fit --ckpt_path last" if find_run(path) else ""
+        raise OSError(f"cannot save {path} ({os.strerror(error.errno or 0)}); {kept}{advice}") from error
 
 
 def choose_resumable(path: Path) -> tuple[Path, str]:

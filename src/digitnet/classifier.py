@@ -31,8 +31,8 @@ class DigitClassifier(L.LightningModule):
 
     Args:
         architecture: "digitnet", the write-up's network, or "residual", digitnet.ResidualNet.
-        dropout: probability of dropping a unit before the last dense layers, two of DigitNet's, ResidualNet's only one,
-            in [0, 1).
+        dropout: probability of dropping a unit, in [0, 1): DigitNet's after each of its two hidden dense layers,
+            ResidualNet's before its only dense layer.
         conv_dropout: probability of dropping a value after each pooling, in [0, 1).
         optimizer: any torch optimizer, by class path or name; its arguments follow as ``init_args``.
         lr_scheduler: any torch learning-rate schedule, stepped once an epoch (OneCycleLR and CyclicLR: once a step);

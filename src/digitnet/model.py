@@ -56,7 +56,7 @@ class DigitNet(nn.Module):
         Returns:
             Logits (B, 10), unbounded; their softmax is the probability of each digit.
         """
-        x = _to_levels(images, self.conv1)  # (B, 1, 28, 28)
+        x = to_levels(images, self.conv1.weight.dtype)  # (B, 1, 28, 28)
         x = self.conv_dropout(F.relu(self.pool(self.conv1(x))))  # (B, 64, 14, 14)
         x = F.relu(self.conv2(x))  # (B, 128, 14, 14)
         x = self.conv_dropout(F.relu(self.pool(self.conv3(x))))  # (B, 128, 7, 7)
@@ -71,10 +71,12 @@ class DigitNet(nn.Module):
 class ResidualNet(nn.Module):
     """Six convolutions with batch normalization and shortcuts, no hidden dense layer: 4,587,914 parameters.
 
-    Source: the network of github.com/ttdoucet/mnist. Differs from it: one convolution at 28x28 pixels instead of two,
-    as these cost a third of the arithmetic, of 7x7 as DigitNet's instead of 5x5; running statistics of more steps; and
-    dropout. What is enlarged is the middle 24.5x24.5 pixels, in training, too, where the source cuts 25x25 at random:
-    to shift is left to the augmentation.
+    The middle 24.5x24.5 pixels of each image are enlarged to 28x28, then brought to mean 0 and variance 1.
+
+    Source: the network of github.com/ttdoucet/mnist. Differs from it: at 28x28 pixels one 7x7 convolution, as in
+    DigitNet, instead of two of 5x5, which take a third of the arithmetic; batch normalization averages over more steps;
+    there is dropout; and what is enlarged is always the middle, where the source cuts 25x25 pixels at a random place in
+    training: shifting is the augmentation's work.
 
     Args:
         dropout: probability of dropping a feature before the dense layer, in [0, 1).
@@ -93,14 +95,14 @@ class ResidualNet(nn.Module):
         self.block2 = ResidualBlock(256)
         self.norm3, self.conv3 = nn.BatchNorm2d(256, momentum=NORM_MOMENTUM), Conv3x3(256, 512)
         self.block3 = ResidualBlock(512)
-        self.norm4, self.fc = nn.BatchNorm2d(512, momentum=NORM_MOMENTUM), nn.Linear(512, 10)
+        self.norm4, self.head = nn.BatchNorm2d(512, momentum=NORM_MOMENTUM), nn.Linear(512, 10)
         self.pool = nn.MaxPool2d(2, ceil_mode=True)
         self.dropout = nn.Dropout(dropout)
         self.conv_dropout = nn.Dropout(conv_dropout)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, 10) of images (B, 1, 28, 28), uint8 in [0, 255] or floating point in [0, 1]."""
-        x = F.interpolate(_to_levels(images, self.conv1), size=(32, 32), mode="bilinear")[..., 2:-2, 2:-2]
+        x = F.interpolate(to_levels(images, self.conv1.weight.dtype), size=(32, 32), mode="bilinear")[..., 2:-2, 2:-2]
         x = F.layer_norm(x, x.shape[1:])  # (B, 1, 28, 28), each image of mean 0 and variance 1
         x = self.conv_dropout(F.relu(self.pool(self.conv1(x))))  # (B, 128, 14, 14)
         x = self.block1(x)
@@ -109,7 +111,7 @@ class ResidualNet(nn.Module):
         x = self.conv_dropout(F.relu(self.pool(self.conv3(self.norm3(x)))))  # (B, 512, 4, 4)
         x = self.block3(x)
         x = self.norm4(x).mean(dim=(2, 3))  # (B, 512)
-        return self.fc(self.dropout(x))
+        return self.head(self.dropout(x))
 
 
 class ResidualBlock(nn.Module):
@@ -167,6 +169,6 @@ def _check_dropouts(**dropouts: float) -> None:
             raise ValueError(f"{name} is {value}; it is a probability and must lie in [0, 1)")
 
 
-def _to_levels(images: Tensor, first: nn.Conv2d) -> Tensor:
-    """Images in [0, 1]: uint8 ones are scaled, in the precision of the first layer's weights."""
-    return images.to(first.weight.dtype) / 255 if images.dtype == torch.uint8 else images
+def to_levels(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Images in [0, 1]: uint8 ones are scaled, in the precision given; others come back as they are."""
+    return images.to(dtype) / 255 if images.dtype == torch.uint8 else images

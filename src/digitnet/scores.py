@@ -59,7 +59,7 @@ class CollectScores(Callback):
 
 
 class WriteScores(CollectScores):
-    """Print and keep what ``test`` or ``validate`` found, in the run's ``report/`` folder.
+    """Print and keep what ``test`` or ``validate`` found, in the checkpoint's report folder.
 
     ``metrics.json`` and ``predictions.csv``; for ``validate``, both names begin with ``validate_``.
 

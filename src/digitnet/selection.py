@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from digitnet.model import to_levels
+
 
 class Proxy(nn.Module):
     """A small network that says which digits are hard: 19,386 parameters, less than 1 % of DigitNet's arithmetic."""
@@ -22,7 +24,7 @@ class Proxy(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, 10) of images (B, 1, 28, 28), uint8 in [0, 255] or floating point in [0, 1]."""
-        x = images.float() / 255 if images.dtype == torch.uint8 else images  # (B, 1, 28, 28)
+        x = to_levels(images)  # (B, 1, 28, 28)
         x = F.relu(self.conv1(x))  # (B, 32, 7, 7)
         x = F.relu(self.pool(self.conv2(x)))  # (B, 48, 3, 3)
         return self.fc(x.flatten(1))

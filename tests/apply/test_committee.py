@@ -59,8 +59,17 @@ def test_test_scores_the_mean_of_the_members(
 
 
 def test_it_is_exported_like_any_other(digitnet: Run, committee: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert digitnet("export", "--ckpt_path", committee, "--format", "pt2", "--output", "all.pt2") == 0
+    assert digitnet("export", "--ckpt_path", committee, "--format", "pt2") == 0
     assert "180 test images: the same digits" in capsys.readouterr().out
+    assert committee.with_name("all_export").joinpath("digitnet.pt2").is_file()
+
+
+def test_a_committee_that_cannot_be_written_is_told_without_advice_on_training(
+    digitnet: Run, members: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "folder.ckpt").mkdir()
+    assert digitnet("committee", *members[:2], "--output", "folder.ckpt") == 1
+    assert capsys.readouterr().err == ("digitnet: error: cannot save folder.ckpt (Is a directory); nothing is kept\n")
 
 
 def test_what_makes_no_committee_is_told_in_one_line(

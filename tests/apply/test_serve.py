@@ -6,6 +6,7 @@ import base64
 import http.client
 import io
 import json
+import os
 import re
 import signal
 import socket
@@ -449,6 +450,25 @@ def test_the_command_serves_until_sigterm_and_ends_well(tmp_path: Path, workers:
     assert digit is not None
     check_answer(answer, Predictor.load(checkpoint).read(digit.image[None])[0], digit.image)
     assert (process.returncode, errors) == (0, "")
+
+
+def test_all_processes_serve_the_checkpoint_that_was_the_newest_at_the_start(
+    digitnet: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    newest = tmp_path / "lightning_logs" / "mine" / "version_0" / "checkpoints" / "best.ckpt"
+    newest.parent.mkdir(parents=True)
+    save_checkpoint(DigitNet(), newest)
+    named: list[str | None] = []
+    monkeypatch.setenv("DIGITNET_CKPT_PATH", "")  # put back at the end
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(serve_module, "run_workers", lambda *_: named.append(os.environ["DIGITNET_CKPT_PATH"]))
+    assert digitnet("serve", "--port", 0, "--workers", 2) == 0
+    assert named == [str(newest)]
+    other = newest.with_name("other.ckpt")
+    save_checkpoint(DigitNet(), other)
+    monkeypatch.setenv("DIGITNET_CKPT_PATH", str(other))
+    assert digitnet("serve", "--port", 0, "--workers", 2) == 0
+    assert named[1:] == [str(other)]
 
 
 # --- mistakes on the command line -------------------------------------------------------------------------------------

@@ -78,6 +78,7 @@ def test_trains_each_seed_once_and_scores_its_last_epoch(
     for run, result in zip(runs, results, strict=True):
         stored = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
         assert stored["epoch"] == 1
+        assert not (run / "checkpoints" / "best.ckpt").exists()  # or it would be what a bare `test` takes
         net = DigitNet().eval()
         net.load_state_dict({name.removeprefix("net."): value for name, value in stored["state_dict"].items()})
         with torch.no_grad():
@@ -136,6 +137,14 @@ def test_a_run_that_ended_early_is_refused(
     assert digitnet("protocol", "mine.yaml", "--seeds", 1) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert "ended after 2 of 3 epochs; its figure is not fixed" in error
+
+
+def test_a_schedule_without_an_end_is_refused(
+    digitnet: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.yaml").write_text(CONFIG.replace("max_epochs: 2", "max_epochs: -1"))
+    assert digitnet("protocol", "mine.yaml", "--seeds", 1) == 1
+    assert "mine.yaml has max_epochs -1; a schedule that ends by itself" in capsys.readouterr().err
 
 
 def test_a_missing_config_is_told(digitnet: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,7 +38,6 @@ def committee(checkpoints: list[Path], output: Path = Path("committee.ckpt"), da
     loaded = [load_net(path) for path in paths]
     first = loaded[0][1]
     known = read_data_settings(first)
-    data = {"source": "mnist", "split": (60_000, 5_000, 5_000)} | known
     members = []
     for path, (net, checkpoint) in zip(paths, loaded, strict=True):
         if isinstance(net, Committee):
@@ -46,7 +45,7 @@ def committee(checkpoints: list[Path], output: Path = Path("committee.ckpt"), da
         if read_data_settings(checkpoint) != known:
             raise ValueError(f"{path} was trained on {read_data_settings(checkpoint)}, {paths[0]} on {known}")
         members.append(net)
-    module = MNISTDataModule(source=data["source"], split=tuple(data["split"]), data_dir=data_dir)
+    module = MNISTDataModule(**known, data_dir=data_dir)
     module.setup("validate")
     net = Committee(members)
     calibration = fit_calibration(net, module.datasets[0], module.datasets[1], num_digits=0)

@@ -60,7 +60,8 @@ def export(
     Args:
         ckpt_path: the trained checkpoint; the newest run's best by default.
         format: onnx, for ONNX Runtime and others, without PyTorch; pt2, for PyTorch without digitnet.
-        output: the file to write; by default digitnet.onnx or .pt2 in the run's folder export/.
+        output: the file to write; by default digitnet.onnx or .pt2 in the run's folder export/, or in
+            <checkpoint>_export/ beside a checkpoint that has no run.
         data_dir: where the run's data are kept, if not where fit looks by itself.
 
     Raises:
@@ -69,7 +70,9 @@ def export(
     """
     checkpoint = ckpt_path or find_newest("best.ckpt")
     if output is None:
-        output = (find_run(checkpoint) or checkpoint.parent) / "export" / f"digitnet.{format}"
+        run = find_run(checkpoint)
+        folder = run / "export" if run else checkpoint.absolute().with_name(f"{checkpoint.stem}_export")
+        output = folder / f"digitnet.{format}"
     if output.suffix != f".{format}" or output.is_dir():
         raise ValueError(f"output is {output}; it must be a file whose name ends in .{format}")
     predictor = Predictor.load(checkpoint)

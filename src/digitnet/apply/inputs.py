@@ -19,7 +19,7 @@ from typing import NamedTuple
 from digitnet.apply.imaging import Digit28, Invert, normalize, open_picture, split_digits
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
-FILES_PER_WORKER = 64  # at least: so many scans take two processes, started for them, as long as this one
+FILES_PER_WORKER = 64  # at least; with fewer, starting a process costs more than it saves
 MAX_WORKERS = 16  # by then the network is slower
 CHUNK = 8  # files that a worker is given at once
 

@@ -26,7 +26,8 @@ def serve(
     Ctrl-C or SIGTERM stops the server when what is under way is answered.
 
     Args:
-        ckpt_path: the checkpoint that reads; by default the newest run's best.
+        ckpt_path: the checkpoint that reads; by default the one that the variable ``DIGITNET_CKPT_PATH`` names, or else
+            the newest run's best.
         host: address to listen on. The default is for this machine alone; 0.0.0.0 lets the whole network in.
         port: port to listen on; 0 takes a free one.
         workers: processes that share the port, each with a network of its own.
@@ -43,11 +44,12 @@ def serve(
         raise ValueError(f"workers is {workers}; it is a number of processes, from 1 to 64")
     from digitnet.apply.api import create_app
     from digitnet.apply.predictor import Predictor
+    from digitnet.checkpoints import find_newest
 
     with listen(host, port) as listener:
-        predictor = Predictor.load(ckpt_path)  # also for several workers: what is wrong with it is said once
-        if ckpt_path is not None:
-            os.environ["DIGITNET_CKPT_PATH"] = str(ckpt_path.resolve())
+        path = ckpt_path or Path(os.environ.get("DIGITNET_CKPT_PATH") or find_newest("best.ckpt"))
+        predictor = Predictor.load(path)  # also for several workers: what is wrong with it is said once
+        os.environ["DIGITNET_CKPT_PATH"] = str(path.resolve())  # also for those that replace a dead one, later
         url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/"
         print(f"serve: {url} (Ctrl-C stops)", flush=True)
         if browser and sys.stdout.isatty() and has_screen():

@@ -47,6 +47,8 @@ def protocol(config: Path, seeds: int = 5, shard: str = "1/1", output: Path = Pa
     row = load_row(config)
     settings = resolve(row)
     num_epochs = int(settings["trainer"]["max_epochs"] or 0)
+    if num_epochs < 1:
+        raise ValueError(f"{config} has max_epochs {num_epochs}; a schedule that ends by itself needs a number of them")
     data = {key: settings["data"][key] for key in ("source", "data_dir")}
     mine, table = parse_shard(shard), f"no seed of {seeds} is in part {shard}"
     runs = {
@@ -59,6 +61,7 @@ def protocol(config: Path, seeds: int = 5, shard: str = "1/1", output: Path = Pa
             train(row.flags, seed, run, num_epochs)
             result = score(run, seed, num_epochs, MNISTDataModule(**data, split=SPLIT))
             write_file(run / "result.json", (json.dumps(result, indent=2) + "\n").encode())
+            (run / "checkpoints" / "best.ckpt").unlink(missing_ok=True)  # or `test` would take it for the newest model
         paths = [other / "result.json" for other in runs.values()]  # of the other parts, too
         results = [load_result(path) for path in paths if path.is_file()]
         table = render_table(config, seeds, results)

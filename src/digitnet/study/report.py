@@ -10,12 +10,12 @@ import numpy as np
 
 from digitnet import figures
 from digitnet.canvas import Array
+from digitnet.checkpoints import FIT_HINT, LOG_DIR
 from digitnet.data import Digits, fetch_digits, verify_mnist
 from digitnet.figures import History
 from digitnet.study.explore import load_data_module, read_config
 from digitnet.study.page import embed_digit, embed_png, render_page, write_file
 
-LOG_DIR = Path("lightning_logs")
 MAX_CARDS = 400  # mistakes on the page, about 400 bytes each; a hopeless network makes thousands
 NUM_LEAST_SURE = 24
 
@@ -130,10 +130,7 @@ def load_metrics(run: Path) -> dict[str, Any]:
         )
     if not path.exists():
         if not list(run.glob("checkpoints/*.ckpt")):
-            raise FileNotFoundError(
-                f"{run} is no trained run: it has no checkpoints; "
-                "train one first: python -m digitnet fit --config configs/final.yaml"
-            )
+            raise FileNotFoundError(f"{run} is no trained run: it has no checkpoints; train one first: {FIT_HINT}")
         raise FileNotFoundError(f"{run} has not been tested yet; type: {_test_command(run)}")
     try:
         metrics = json.loads(path.read_text())
