@@ -189,9 +189,11 @@ class DigitCLI(LightningCLI):
             rank_zero_info(f"{subcommand}: {self.checkpoint}")
         self.config = parser.parse_args([subcommand, *flags])
         config = self.config[subcommand]
-        if config.ckpt_path and str(config.ckpt_path) != ckpt_path:  # read too late to find the run by it
-            raise ValueError(f"a config has ckpt_path: {config.ckpt_path}; give it as a flag, --ckpt_path")
-        config.ckpt_path = str(self.checkpoint) if self.checkpoint else None
+        configured = config.get("ckpt_path")
+        if configured and str(configured) != ckpt_path:  # read too late to find the run by it
+            raise ValueError(f"a config has ckpt_path: {configured}; give it as a flag, --ckpt_path")
+        if self.checkpoint:
+            config.ckpt_path = str(self.checkpoint)
         if subcommand == "fit" and own:
             before = parser.parse_args([subcommand, *own])[subcommand].model
             for name in ("optimizer", "lr_scheduler"):
