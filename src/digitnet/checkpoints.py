@@ -38,10 +38,10 @@ def find_run(checkpoint: Path) -> Path | None:
     return run if checkpoint.parent.name == "checkpoints" and (run / "config.yaml").is_file() else None
 
 
-def find_report_dir(checkpoint: Path) -> Path:
-    """Where a checkpoint's figures go: its run's ``report/``, or ``<checkpoint>_report/`` beside it."""
+def find_folder(checkpoint: Path, name: str) -> Path:
+    """Where what is made of a checkpoint goes: its run's ``<name>/``, or ``<checkpoint>_<name>/`` beside it."""
     run = find_run(checkpoint)
-    return run / "report" if run else checkpoint.absolute().with_name(f"{checkpoint.stem}_report")
+    return run / name if run else checkpoint.absolute().with_name(f"{checkpoint.stem}_{name}")
 
 
 def verify_checkpoint(path: Path, to_resume: bool = False) -> dict[str, Any]:

@@ -168,7 +168,7 @@ class DigitCLI(LightningCLI):
         finder.add_argument("--ckpt_path", default=None if subcommand == "fit" else "best")
         finder.add_argument("--config", action="append")
         typed = finder.parse_known_args(flags)[0]
-        ckpt_path, own = typed.ckpt_path, None
+        ckpt_path = typed.ckpt_path
         if ckpt_path is not None and not {"-h", "--help"} & set(flags):
             self.checkpoint = find_newest(f"{ckpt_path}.ckpt") if ckpt_path in ("best", "last") else Path(ckpt_path)
             if subcommand == "fit":
@@ -178,8 +178,7 @@ class DigitCLI(LightningCLI):
             stored = verify_checkpoint(self.checkpoint)
             self.run_dir = find_run(self.checkpoint)
             if self.run_dir:
-                own = ["--config", str(self.run_dir / "config.yaml")]
-                flags = [*own, *flags]
+                flags = ["--config", str(self.run_dir / "config.yaml"), *flags]
             elif subcommand == "fit" and not typed.config:
                 raise ValueError(f"{self.checkpoint} lies outside a run: give the config it was trained with, --config")
             else:  # it knows what it was trained on, at least
@@ -194,13 +193,14 @@ class DigitCLI(LightningCLI):
             raise ValueError(f"a config has ckpt_path: {configured}; give it as a flag, --ckpt_path")
         if self.checkpoint:
             config.ckpt_path = str(self.checkpoint)
-        if subcommand == "fit" and own:
-            before = parser.parse_args([subcommand, *own])[subcommand].model
+        if subcommand == "fit" and self.run_dir:
+            path = self.run_dir / "config.yaml"
+            before = parser.parse_args([subcommand, "--config", str(path)])[subcommand].model
             for name in ("optimizer", "lr_scheduler"):
                 if config.model[name] != before[name]:  # Lightning would load the old one's settings over these
                     raise ValueError(
                         f"model.{name} is not that of {self.run_dir}: going on keeps the run's; to train with "
-                        f"another, start anew: python -m digitnet fit --config {own[1]}, and your flags"
+                        f"another, start anew: python -m digitnet fit --config {path}, and your flags"
                     )
 
     def _parse_ckpt_path(self) -> None:

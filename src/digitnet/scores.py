@@ -15,7 +15,7 @@ import yaml
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from digitnet.checkpoints import find_report_dir
+from digitnet.checkpoints import find_folder
 from digitnet.data import find_data
 from digitnet.files import replace_whole
 from digitnet.machine import describe_hardware, list_versions
@@ -74,7 +74,7 @@ class WriteScores(CollectScores):
         self.checkpoint = checkpoint
         self.run_dir = run_dir
         self.command = command
-        self.report_dir = find_report_dir(checkpoint)
+        self.report_dir = find_folder(checkpoint, "report")
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._write(trainer, "test", prefix="")

@@ -20,7 +20,7 @@ import torch
 
 from digitnet.apply.predictor import BATCH_SIZE, Predictor
 from digitnet.calibration import CalibratedNet
-from digitnet.checkpoints import find_newest, find_run, read_data_settings, verify_checkpoint
+from digitnet.checkpoints import find_folder, find_newest, read_data_settings, verify_checkpoint
 from digitnet.data import Digits, fetch_digits
 from digitnet.files import replace_whole
 from digitnet.machine import list_versions
@@ -70,9 +70,7 @@ def export(
     """
     checkpoint = ckpt_path or find_newest("best.ckpt")
     if output is None:
-        run = find_run(checkpoint)
-        folder = run / "export" if run else checkpoint.absolute().with_name(f"{checkpoint.stem}_export")
-        output = folder / f"digitnet.{format}"
+        output = find_folder(checkpoint, "export") / f"digitnet.{format}"
     if output.suffix != f".{format}" or output.is_dir():
         raise ValueError(f"output is {output}; it must be a file whose name ends in .{format}")
     predictor = Predictor.load(checkpoint)

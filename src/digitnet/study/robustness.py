@@ -11,7 +11,7 @@ import torch
 
 from digitnet import figures
 from digitnet.calibrate import predict
-from digitnet.checkpoints import find_newest, find_report_dir, find_run, load_net, read_data_settings
+from digitnet.checkpoints import find_folder, find_newest, find_run, load_net, read_data_settings
 from digitnet.data import MNISTDataModule
 from digitnet.machine import describe_hardware, list_versions
 from digitnet.study.corruptions import CORRUPTIONS, corrupt
@@ -52,7 +52,7 @@ def robustness(
     net = net.to(memory_format=torch.channels_last)
     run = find_run(checkpoint)
     config = run / "config.yaml" if run and config is None else config
-    folder = folder or find_report_dir(checkpoint)
+    folder = folder or find_folder(checkpoint, "report")
     module = load_data_module(read_config(config)) if config else MNISTDataModule(**read_data_settings(stored))
     module.setup("test")
     dataset = module.datasets[2]
