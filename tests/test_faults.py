@@ -23,7 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from digitnet.checkpoints import choose_resumable, save_checkpoint
 from digitnet.classifier import DigitClassifier
-from digitnet.cli import explain_failures
+from digitnet.guards import explain_failures
 
 # Two steps of 8 images an epoch, and few to validate on: what is tested here is not learning.
 TINY = (

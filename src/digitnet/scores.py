@@ -15,7 +15,7 @@ import yaml
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from digitnet.checkpoints import find_folder
+from digitnet.checkpoints import find_folder, find_run
 from digitnet.data import find_data
 from digitnet.files import replace_whole
 from digitnet.machine import describe_hardware, list_versions
@@ -65,14 +65,12 @@ class WriteScores(CollectScores):
 
     Args:
         checkpoint: the checkpoint scored.
-        run_dir: its run's folder; None where it lies outside a run.
         command: what was typed, for the record.
     """
 
-    def __init__(self, checkpoint: Path, run_dir: Path | None, command: str) -> None:
+    def __init__(self, checkpoint: Path, command: str) -> None:
         super().__init__()
         self.checkpoint = checkpoint
-        self.run_dir = run_dir
         self.command = command
         self.report_dir = find_folder(checkpoint, "report")
 
@@ -92,7 +90,8 @@ class WriteScores(CollectScores):
         assert len(labels) == num_images, f"{len(labels)} images scored of {num_images}"
         confidence, prediction = logits.softmax(dim=1).max(dim=1)
         num_errors = int((prediction != labels).sum())
-        config = (self.run_dir / "config.yaml").read_bytes() if self.run_dir else None
+        run_dir = find_run(self.checkpoint)
+        config = (run_dir / "config.yaml").read_bytes() if run_dir else None
         stored = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
         metrics = {
             "dataset": data.source,
