@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import gc
 import hashlib
 import json
 import os
@@ -21,7 +23,7 @@ import yaml
 from conftest import QUICKSTART, ROOT, SHORT, Run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from digitnet.__main__ import COMMANDS
+from digitnet.__main__ import COMMANDS, load_function
 from digitnet.classifier import DigitClassifier
 from digitnet.data import load_bundled_digits
 
@@ -53,6 +55,23 @@ def test_help_lists_every_command_within_a_second() -> None:
     for command in COMMANDS:
         assert re.search(rf"^  {command} +\w", shown.stdout, re.MULTILINE)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1  # of processor: CI may be busy
+
+
+@pytest.mark.parametrize("ending", ["", "raise ValueError\n"], ids=["whole", "broken"])
+def test_garbage_collection_skips_imports_and_goes_on(
+    ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "imported.py").write_text(f"import gc\nnow = gc.isenabled\nwhile_importing = now()\n{ending}")
+    monkeypatch.syspath_prepend(tmp_path)
+    frozen = gc.get_freeze_count()
+    try:
+        with contextlib.suppress(ValueError):
+            assert load_function("imported:now")()
+            assert not sys.modules.pop("imported").while_importing
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > frozen
+    finally:
+        gc.unfreeze()
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)

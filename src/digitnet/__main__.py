@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import os
 import sys
@@ -101,9 +102,20 @@ def main(args: list[str] | None = None) -> int:
 
 
 def load_function(place: str) -> Callable[..., Any]:
-    """Import a function named as ``module:function``."""
+    """Import a function named as ``module:function``.
+
+    What an import makes mostly stays until the end. The garbage collector is kept from walking it in vain, now and when
+    the process ends, which takes a quarter of the time that a short command takes.
+    """
     module, _, name = place.partition(":")
-    function: Callable[..., Any] = getattr(import_module(module), name)
+    if module not in sys.modules:
+        gc.disable()
+        try:
+            import_module(module)
+        finally:
+            gc.freeze()
+            gc.enable()
+    function: Callable[..., Any] = getattr(sys.modules[module], name)
     return function
 
 
