@@ -20,8 +20,8 @@ from sklearn.datasets import load_sample_images
 
 from digitnet.apply.imaging import normalize
 from digitnet.apply.predictor import Predictor, Reading
-from digitnet.calibrate import measure_ece
 from digitnet.data import Digits, fetch_digits
+from digitnet.tallies import bin_reliability
 
 SIDE = 112  # of a drawing, in pixels
 FONTS = sorted((Path(matplotlib.get_data_path()) / "fonts" / "ttf").glob("DejaVu*.ttf"))
@@ -172,7 +172,7 @@ def measure_answers(readings: list[Reading], labels: np.ndarray) -> dict[str, fl
     accuracy = np.cumsum(is_right[order]) / np.arange(1, len(order) + 1)
     return {
         "mistakes": int((~is_right).sum()),
-        "calibration error (ECE, 15 bins)": 100 * measure_ece(confidence, is_right),
+        "calibration error (ECE, 15 bins)": 100 * bin_reliability(confidence, is_right).ece,
         "not called certain": 100 * float((~certain).mean()),
         "called no digit": 100 * float(np.mean([one.status == "no digit" for one in readings])),
         "wrong although called certain": int((certain & ~is_right).sum()),

@@ -10,11 +10,12 @@ from conftest import QUICKSTART, SHORT, Run
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
-from digitnet.calibrate import choose_threshold, fit_calibration, fit_temperature, measure_ece
+from digitnet.calibrate import choose_threshold, fit_calibration, fit_temperature
 from digitnet.calibration import CalibratedNet, Calibration, Detector
 from digitnet.data import DigitDataset, Digits, load_bundled_digits
 from digitnet.model import DigitNet
 from digitnet.near_misses import blur, draw_letters, draw_noise, draw_polygons, draw_strokes, make_near_misses, place
+from digitnet.tallies import bin_reliability
 
 
 def draw_logits(num: int) -> tuple[Tensor, Tensor]:
@@ -37,14 +38,14 @@ def test_temperature_stays_in_bounds_where_every_answer_is_right() -> None:
 
 def test_ece_by_hand_and_after_calibration() -> None:
     confidence, is_right = np.array([0.95, 0.95, 0.65, 0.65]), np.array([True, True, True, False])
-    assert measure_ece(confidence, is_right) == pytest.approx(0.5 * 0.05 + 0.5 * 0.15)
+    assert bin_reliability(confidence, is_right).ece == pytest.approx(0.5 * 0.05 + 0.5 * 0.15)
     logits, labels = draw_logits(20_000)
     logits = 3 * logits
     temperature = fit_temperature(logits[:10_000], labels[:10_000])
 
     def ece(divisor: float) -> float:
         confidence, prediction = (logits[10_000:] / divisor).softmax(1).max(1)
-        return measure_ece(confidence.numpy(), (prediction == labels[10_000:]).numpy())
+        return bin_reliability(confidence.numpy(), (prediction == labels[10_000:]).numpy()).ece
 
     assert ece(temperature) < 0.03 < 0.1 < ece(1)
 

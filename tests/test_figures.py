@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from torchmetrics.classification import BinaryCalibrationError
 
-from digitnet import figures
+from digitnet import figures, tallies
 from digitnet.figures import History
 
 NUM_IMAGES = 400
@@ -52,16 +52,16 @@ def title(figure: Figure) -> str:
 
 
 def test_confusions_of_a_toy_case() -> None:
-    counts = figures.count_confusions(TOY_LABELS, TOY_PREDICTIONS)
+    counts = tallies.count_confusions(TOY_LABELS, TOY_PREDICTIONS)
     expected = {(0, 0): 1, (0, 1): 1, (1, 1): 1, (2, 2): 1, (7, 2): 2, (7, 7): 1}
     assert {(row, column): int(counts[row, column]) for row, column in np.argwhere(counts)} == expected
-    assert figures.find_confused_pair(counts) == (7, 2)
-    assert figures.find_confused_pair(np.eye(10, dtype=int)) is None
+    assert tallies.find_confused_pair(counts) == (7, 2)
+    assert tallies.find_confused_pair(np.eye(10, dtype=int)) is None
 
 
 def test_calibration_error_by_hand_and_as_torchmetrics_has_it() -> None:
     # Two bins of two images: right 2 of 2 at 0.95, right 1 of 2 at 0.55; both 0.05 off.
-    by_hand = figures.bin_reliability(np.array([0.95, 0.95, 0.55, 0.55]), np.array([True, True, True, False]))
+    by_hand = tallies.bin_reliability(np.array([0.95, 0.95, 0.55, 0.55]), np.array([True, True, True, False]))
     assert by_hand.ece == pytest.approx(0.05)
     assert by_hand.counts.sum() == 4
     assert len(by_hand.counts) == 15
@@ -69,13 +69,13 @@ def test_calibration_error_by_hand_and_as_torchmetrics_has_it() -> None:
     correct = np.random.default_rng(1).uniform(size=NUM_IMAGES) < CONFIDENCES**2
     metric = BinaryCalibrationError(n_bins=15, norm="l1")
     expected = float(metric(torch.from_numpy(CONFIDENCES), torch.from_numpy(correct).int()))
-    assert figures.bin_reliability(CONFIDENCES, correct).ece == pytest.approx(expected, abs=1e-6)
+    assert tallies.bin_reliability(CONFIDENCES, correct).ece == pytest.approx(expected, abs=1e-6)
 
 
 def test_wilson_interval_against_published_values() -> None:
-    assert figures.wilson_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert figures.wilson_interval(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
-    assert figures.wilson_interval(4_978, 5_000) == pytest.approx((0.9933, 0.9971), abs=1e-4)
+    assert tallies.wilson_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert tallies.wilson_interval(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
+    assert tallies.wilson_interval(4_978, 5_000) == pytest.approx((0.9933, 0.9971), abs=1e-4)
 
 
 # --- what is drawn ----------------------------------------------------------------------------------------------------

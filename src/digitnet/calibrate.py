@@ -111,21 +111,6 @@ def choose_threshold(confidence: np.ndarray, accuracy: float = TARGET_ACCURACY) 
     return max(MIN_CONFIDENCE, float(falling[num_good - 1])) if num_good else 1.0
 
 
-def measure_ece(confidence: np.ndarray, is_right: np.ndarray, num_bins: int = 15) -> float:
-    """Expected calibration error: how far confidence and accuracy are apart, over bins of equal width, in [0, 1].
-
-    Source: Naeini et al. 2015; 15 bins as in Guo et al. 2017.
-
-    Args:
-        confidence: (N,) in [0, 1].
-        is_right: (N,) bool.
-        num_bins: how many bins.
-    """
-    bins = np.clip(np.ceil(confidence * num_bins).astype(int) - 1, 0, num_bins - 1)
-    gaps = np.bincount(bins, weights=is_right - confidence, minlength=num_bins)
-    return float(np.abs(gaps).sum() / len(confidence))
-
-
 def fit_detector(images: Tensor, labels: Tensor, device: torch.device, generator: torch.Generator) -> Detector:
     """Train a detector of non-digits on digits and on near misses made of them.
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from digitnet import figures
+from digitnet import figures, tallies
 from digitnet.canvas import Array
 from digitnet.checkpoints import FIT_HINT, LOG_DIR
 from digitnet.data import Digits, fetch_digits, verify_mnist
@@ -248,7 +248,7 @@ def build_report(
     seen = _find_known_wrong(indices) if is_mnist else {}
     known_wrong = np.isin(np.arange(num_images), list(seen))
     scores = precision_recall_fscore_support(labels, predictions, labels=range(10), zero_division=np.nan)
-    bins = figures.bin_reliability(confidences, results.correct)
+    bins = tallies.bin_reliability(confidences, results.correct)
     drawn = {
         "confusion": figures.draw_confusion(labels, predictions),
         "mistakes": figures.draw_mistakes(images, labels, predictions, confidences, known_wrong),
@@ -274,7 +274,7 @@ def build_report(
         num_errors=num_errors,
         num_images=num_images,
         ece=f"{100 * bins.ece:.2f} %",
-        num_bins=figures.NUM_BINS,
+        num_bins=tallies.NUM_BINS,
         facts=_list_facts(metrics, config, history),
         charts={name: embed_png(png) for name, png in charts.items()},
         history=_tell_history(history, best) if history is not None else None,
@@ -290,7 +290,7 @@ def build_report(
             }
             for digit in range(10)
         ],
-        reliability_alt=f"Accuracy against confidence in {figures.NUM_BINS} bins above a histogram of the confidence; "
+        reliability_alt=f"Accuracy against confidence in {tallies.NUM_BINS} bins above a histogram of the confidence; "
         f"expected calibration error {100 * bins.ece:.2f} %, {bins.counts[-1]:,} images in the top bin.",
         least_sure=[_card(results, i, seen, mark_mistakes=True) for i in unsure],
         comparison=_compare(results, config) if is_mnist else None,
@@ -383,7 +383,7 @@ def _tell_known_wrong(results: Results, wrong: Array, seen: dict[int, int | None
 
 
 def _describe_confusions(labels: Array, predictions: Array) -> str:
-    counts = figures.count_confusions(labels, predictions)
+    counts = tallies.count_confusions(labels, predictions)
     np.fill_diagonal(counts, 0)
     commonest = np.argsort(-counts, axis=None, kind="stable")[:3]
     told = [f"{k // 10} read as {k % 10}: {counts.flat[k]:,}" for k in commonest.tolist() if counts.flat[k]]
@@ -393,8 +393,8 @@ def _describe_confusions(labels: Array, predictions: Array) -> str:
 
 
 def _tell_pair(results: Results, *, is_mnist: bool) -> dict[str, str] | None:
-    counts = figures.count_confusions(results.labels, results.predictions)
-    pair = figures.find_confused_pair(counts)
+    counts = tallies.count_confusions(results.labels, results.predictions)
+    pair = tallies.find_confused_pair(counts)
     if pair is None:
         return None
     actual, predicted = pair
@@ -463,7 +463,7 @@ def _accuracy(num_errors: int, num_images: int) -> str:
 
 
 def _interval(num_errors: int, num_images: int) -> str:
-    low, high = figures.wilson_interval(num_images - num_errors, num_images)
+    low, high = tallies.wilson_interval(num_images - num_errors, num_images)
     return f"{100 * low:.2f} to {100 * high:.2f}\u00a0%"
 
 
