@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from digitnet.apply.imaging import Digit28, normalize, open_picture, split_digits
+from digitnet.apply.imaging import Digit28, Invert, normalize, open_picture, split_digits
 from digitnet.data import Digits
 
 
@@ -37,8 +37,8 @@ def encoded(picture: Image.Image, kind: str, **options: object) -> bytes:
     return file.getvalue()
 
 
-def found(picture: Image.Image, invert: str = "auto") -> Digit28:
-    digit = normalize(picture, invert)  # type: ignore[arg-type]
+def found(picture: Image.Image, invert: Invert = "auto") -> Digit28:
+    digit = normalize(picture, invert)
     assert digit is not None
     assert digit.image.shape == (28, 28)
     assert digit.image.dtype == np.uint8
