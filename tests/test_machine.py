@@ -1,4 +1,4 @@
-"""The choice of precision on machines that this one is not."""
+"""The choice of precision on machines that this one is not, and how many cores there are."""
 
 from __future__ import annotations
 
@@ -90,3 +90,18 @@ def test_freed_memory_is_kept_for_the_next_step() -> None:
         faults.append(int(run.stdout))
     assert faults[0] > 10 * 64_000_000 / 65_536  # at the least, with pages of 64 KiB
     assert faults[1] < faults[0] / 20
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system does not bind processes to cores")
+def test_cores_are_those_this_process_may_use() -> None:
+    script = """
+import os
+from digitnet.cores import count_cores
+print(count_cores() == len(os.sched_getaffinity(0)))
+os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+print(count_cores())
+del os.sched_getaffinity
+print(count_cores() == os.cpu_count())
+"""
+    printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert printed.split() == ["True", "1", "True"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import platform
 import re
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 import torch
 
 import digitnet
+from digitnet.cores import count_cores
 
 CPUINFO = Path("/proc/cpuinfo")
 
@@ -54,12 +54,11 @@ def keep_freed_memory() -> None:
 
 
 def describe_hardware() -> str:
-    """One line: the processor, the cores PyTorch may use, and the GPU if there is one."""
+    """One line: the processor, the cores this process may use, and the GPU if there is one."""
     match = re.search(r"model name\s*:\s*(.+)", CPUINFO.read_text()) if CPUINFO.exists() else None
     name = match[1].strip() if match else platform.processor() or platform.machine()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{name}, {cores} cores{gpu}"
+    return f"{name}, {count_cores()} cores{gpu}"
 
 
 def list_versions() -> dict[str, str]:

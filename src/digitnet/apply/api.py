@@ -34,6 +34,7 @@ import digitnet
 from digitnet.apply.batching import Batcher, Budget, BusyError
 from digitnet.apply.imaging import Digit28, Invert, normalize, open_picture
 from digitnet.apply.predictor import Predictor, Reading
+from digitnet.cores import count_cores
 from digitnet.errors import to_one_line
 
 MAX_BYTES = 10 * 2**20  # of one picture; a phone's photo has 2 to 6 MiB
@@ -125,7 +126,7 @@ def create_app(predictor: Predictor | None = None) -> FastAPI:
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # a broken form is told to who sent it
     batcher = Batcher[Reading](predictor.read)
     places, held_bytes = Budget(MAX_WAITING), Budget(MAX_HELD_BYTES)
-    threads = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "picture")  # few: a large picture takes 250 MB of memory
+    threads = ThreadPoolExecutor(min(4, count_cores()), "picture")  # few: a large picture takes 250 MB of memory
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

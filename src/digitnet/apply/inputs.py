@@ -17,6 +17,7 @@ from threading import Thread
 from typing import NamedTuple
 
 from digitnet.apply.imaging import Digit28, Invert, normalize, open_picture, split_digits
+from digitnet.cores import count_cores
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
 FILES_PER_WORKER = 64  # at least; with fewer, starting a process costs more than it saves
@@ -77,15 +78,14 @@ def prepare_all(sources: list[Source], invert: Invert, split: bool) -> Iterator[
     Raises:
         OSError: one of the processes was killed.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(cores, MAX_WORKERS, len(sources) // FILES_PER_WORKER)
+    workers = min(count_cores(), MAX_WORKERS, len(sources) // FILES_PER_WORKER)
     pool: Executor
     if workers > 1:
         spawn = multiprocessing.get_context("spawn")  # a fork would copy torch's threads without what they hold
         pool = ProcessPoolExecutor(workers, spawn, initializer=leave_with_parent)
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's, of each worker: more would fight for the cores
     else:
-        pool = ThreadPoolExecutor(cores)
+        pool = ThreadPoolExecutor(count_cores())
     try:
         on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers keep that: Ctrl-C is for the parent
         try:

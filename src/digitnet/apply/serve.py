@@ -11,6 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from digitnet.cores import count_cores
+
 if TYPE_CHECKING:
     from uvicorn import Config
 
@@ -98,8 +100,8 @@ def run_workers(listener: socket.socket, workers: int) -> None:
     """Answer in several processes that share one socket, until a signal comes; one that dies is replaced."""
     from uvicorn.supervisors import Multiprocess
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // workers)))  # of each; more would fight for the cores
+    # Of each; more would fight for the cores.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, count_cores() // workers)))
     Multiprocess(configure("digitnet.apply.api:create_app", factory=True, workers=workers), [listener]).run()
 
 

@@ -1,0 +1,12 @@
+"""How many processor cores there are to work with. Without torch, slow to import."""
+
+from __future__ import annotations
+
+import os
+
+
+def count_cores() -> int:
+    """The cores that this process may run on, at least 1; all of the machine's where the system does not tell."""
+    if hasattr(os, "sched_getaffinity"):  # on Linux: fewer than there are under taskset, or in a container
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
