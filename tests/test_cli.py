@@ -214,7 +214,7 @@ def test_final_config_learns_mnist(
         pytest.skip("MNIST is not at hand; set SCIKIT_LEARN_DATA")
     monkeypatch.setenv("SCIKIT_LEARN_DATA", str(mnist_home))
     short = (
-        "--trainer.max_epochs", 1, "--trainer.limit_train_batches", 150, "--trainer.limit_val_batches", 2,
+        "--trainer.max_epochs", 1, "--trainer.limit_train_batches", 150, "--data.split", "[60000, 500, 9500]",
         "--pictures.every_n_epochs", 0, "--calibration.num_digits", 0,
     )  # fmt: skip
     assert digitnet("fit", "--config", ROOT / "configs" / "final.yaml", *short) == 0
