@@ -99,8 +99,8 @@ def real_digits(mnist_home: Path | None) -> Digits:
 
 # Two epochs of four steps of eight images, and no time spent on pictures and a detector of non-digits.
 SHORT = (
-    "--trainer.max_epochs", 2, "--trainer.limit_train_batches", 4, "--data.batch_size", 8, "--trainer.precision", "32-true",
-    "--pictures.every_n_epochs", 0, "--calibration.num_digits", 0,
+    "--trainer.max_epochs", 2, "--trainer.limit_train_batches", 4, "--data.batch_size", 8,
+    "--trainer.precision", "32-true", "--pictures.every_n_epochs", 0, "--calibration.num_digits", 0,
 )  # fmt: skip
 
 
