@@ -29,7 +29,7 @@ COMMANDS = {
         "digitnet.study.ablation:ablate",
         "train a folder of configs, several seeds each; a table of results",
     ),
-    "protocol": ("digitnet.study.protocol:protocol", "the final figure of a recipe, several seeds: docs/protocol.md"),
+    "protocol": ("digitnet.study.protocol:protocol", "the figure of a recipe, several seeds: docs/protocol.md"),
     "benchmark": ("digitnet.study.benchmark:benchmark", "speed here and now, beside plain PyTorch and Keras"),
     "robustness": ("digitnet.study.robustness:robustness", "score a checkpoint on digits spoiled in 15 ways"),
     "predict": ("digitnet.apply.predict:predict", "read people's own digits: photos, scans, drawings"),

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+import yaml
 from conftest import Run
 from torch import Tensor, nn
 
+from digitnet.checkpoints import load_net
 from digitnet.data import load_bundled_digits
 from digitnet.study import protocol as module
-from digitnet.study.protocol import count_mistakes, render_table, shift
+from digitnet.study.protocol import judge, render_table, shift, shorten_schedule
 
 CONFIG = """\
 data: {source: digits, batch_size: 64}
@@ -51,9 +55,12 @@ def test_mistakes_are_counted_alone_and_averaged_over_shifts() -> None:
     images[2, 0, 14, 4] = 1  # a faint 2, and a 7 when it is moved up or down
     images[2, 0, [13, 15], 14] = 9
     net: Any = OneRow()
-    plain, averaged = count_mistakes(net, images, torch.tensor([4, 5, 7]))
+    plain, averaged, losses = judge(net, images, torch.tensor([4, 5, 7]))
     assert plain == [1, 2]
     assert averaged == [1]
+    # Logits of 9 for a 4 and 0 for the nine others; of 1 for a 2.
+    expected = [math.log(1 + 9 * math.exp(-9)), math.log(math.exp(9) + 9), math.log(math.e + 9)]
+    assert losses.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-6)  # logits of 9 are rounded to 1e-6
 
 
 def test_trains_each_seed_once_and_scores_its_last_epoch(
@@ -106,11 +113,11 @@ def test_parts_train_their_own_seeds_and_tabulate_all_that_are_done(
 ) -> None:
     trained = []
 
-    def train(flags: tuple[str, ...], seed: int, run: Path, num_epochs: int) -> None:
+    def train(flags: list[str], seed: int, run: Path, num_epochs: int) -> None:
         trained.append(seed)
         run.mkdir(parents=True)
 
-    def score(run: Path, seed: int, num_epochs: int, data: Any) -> dict[str, Any]:
+    def score(run: Path, seed: int, num_epochs: int, data: Any, holdout: int) -> dict[str, Any]:
         common = {"num_parameters": 7, "hardware": "a machine", "versions": {"torch": "2"}, "date": "2026-01-02"}
         return {"seed": seed, "epochs": 2, "mistakes": [seed], "mistakes_shifted": [], "train_s": 1.0, **common}
 
@@ -127,6 +134,55 @@ def test_parts_train_their_own_seeds_and_tabulate_all_that_are_done(
     assert "no seed of 1 is in part 2/2" in capsys.readouterr().out
     assert digitnet("protocol", "mine.yaml", "--shard", "3/2") == 1
     assert 'shard is "3/2"' in capsys.readouterr().err
+
+
+def test_a_hold_out_of_the_training_images_is_scored_in_place_of_the_test_images(
+    digitnet: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SPLIT", (1597, 100, 100))
+    schedule = "torch.optim.lr_scheduler.OneCycleLR, init_args: {max_lr: 0.002, epochs: 2, steps_per_epoch: 25}"
+    (tmp_path / "mine.yaml").write_text(CONFIG + f"model: {{lr_scheduler: {{class_path: {schedule}}}}}\n")
+    assert digitnet("protocol", "mine.yaml", "--seeds", 1, "--holdout", 201, "--output", "out") == 0
+    (run,) = (tmp_path / "out").glob("mine-*-holdout_201/seed_42")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["data"]["split"] == [1396, 201, 200]
+    assert config["model"]["lr_scheduler"]["init_args"]["steps_per_epoch"] == 22  # 1,396 images in batches of 64
+
+    digits = load_bundled_digits()
+    images, labels = torch.from_numpy(digits.images)[1396:1597, None], torch.from_numpy(digits.labels)[1396:1597].long()
+    net = load_net(run / "checkpoints" / "last.ckpt")[0]
+    with torch.no_grad():
+        logits = net(images)
+    wrong = 1396 + (logits.argmax(1) != labels).nonzero()[:, 0]
+    result = json.loads((run / "result.json").read_text())
+    assert result["mistakes"] == wrong.tolist()
+    assert result["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
+    assert result["loss_odd"] == pytest.approx(F.cross_entropy(logits[1::2], labels[1::2]).item(), rel=1e-4)
+    table = (tmp_path / "out" / "mine-holdout_201.md").read_text()
+    assert f"| 42 | {len(wrong)} | {(wrong % 2).sum()} | {result['loss']:.4f} | {result['loss_odd']:.4f} |" in table
+    assert "2 epochs on the first 1,396 training images, scored on the next 201, as" in table
+
+
+@pytest.mark.parametrize(
+    ("schedule", "flags"),
+    [
+        (None, []),
+        ({"class_path": "ExponentialLR", "init_args": {"gamma": 0.9}}, []),
+        ({"class_path": "OneCycleLR", "init_args": {"epochs": 3, "steps_per_epoch": 9}}, ["steps_per_epoch=4"]),
+        ({"class_path": "OneCycleLR", "init_args": {"total_steps": 27}}, ["total_steps=12"]),
+    ],
+)
+def test_a_schedule_is_shortened_as_the_training_is(schedule: dict[str, Any] | None, flags: list[str]) -> None:
+    settings = {"model": {"lr_scheduler": schedule}, "data": {"batch_size": 30}, "trainer": {"max_epochs": 3}}
+    assert shorten_schedule(settings, 100) == [f"--model.lr_scheduler.{flag}" for flag in flags]
+
+
+@pytest.mark.parametrize("holdout", [-1, 60_000])
+def test_a_hold_out_that_leaves_nothing_is_refused(
+    digitnet: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], holdout: int
+) -> None:
+    assert digitnet("protocol", "mine.yaml", f"--holdout={holdout}") == 1
+    assert f"holdout is {holdout}; it must be some of the 60,000 training images" in capsys.readouterr().err
 
 
 def test_a_run_that_ended_early_is_refused(

@@ -1,15 +1,21 @@
-"""The final figure of a recipe, measured as ``docs/protocol.md`` says: last epoch, once per seed, on all 10,000."""
+"""The figure of a recipe, measured as ``docs/protocol.md`` says: last epoch, once per seed, on the 10,000 test images.
+
+Or, to choose a recipe, on a hold-out of the training images.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import statistics
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from digitnet.calibrate import predict
@@ -26,15 +32,59 @@ SPLIT = (60_000, 5_000, 5_000)  # all training images; the 10,000 test images in
 SHIFTS = [(0, 0), (1, 0), (-1, 0), (0, 1), (0, -1)]  # of the image, in pixels down and to the right
 
 
-def protocol(config: Path, seeds: int = 5, shard: str = "1/1", output: Path = Path("lightning_logs/protocol")) -> None:
+Result = dict[str, Any]  # what a result.json holds
+
+
+class Column(NamedTuple):
+    """One figure of every seed in a table."""
+
+    title: str
+    measure: Callable[[Result], float]
+    decimals: int = 0
+    unit: str = ""
+
+
+TRAINING = Column("training", lambda result: result["train_s"], unit=" s")
+FINAL = (
+    Column("mistakes in 10,000", lambda result: len(result["mistakes"])),
+    Column("in the last 5,000", lambda result: _count(result["mistakes"], lambda place: place >= SPLIT[1])),
+    Column("of them known wrong labels", lambda result: _count(result["mistakes"], KNOWN_WRONG.__contains__)),
+    Column("averaged over shifts: 10,000", lambda result: len(result["mistakes_shifted"])),
+    Column("last 5,000", lambda result: _count(result["mistakes_shifted"], lambda place: place >= SPLIT[1])),
+    TRAINING,
+)
+HOLDOUT = (  # odd places hold digits of writers that were not trained on
+    Column("mistakes", lambda result: len(result["mistakes"])),
+    Column("at odd places", lambda result: _count(result["mistakes"], lambda place: place % 2 == 1)),
+    Column("loss", lambda result: result["loss"], decimals=4),
+    Column("at odd places", lambda result: result["loss_odd"], decimals=4),
+    Column("averaged over shifts: mistakes", lambda result: len(result["mistakes_shifted"])),
+    Column("at odd places", lambda result: _count(result["mistakes_shifted"], lambda place: place % 2 == 1)),
+    TRAINING,
+)
+
+
+def _count(places: list[int], is_meant: Callable[[int], bool]) -> int:
+    return sum(map(is_meant, places))
+
+
+def protocol(
+    config: Path,
+    seeds: int = 5,
+    holdout: int = 0,
+    shard: str = "1/1",
+    output: Path = Path("lightning_logs/protocol"),
+) -> None:
     """Train a recipe on all 60,000 training images and score its last epoch once per seed; a table for the record.
 
-    See docs/protocol.md. Nothing is chosen here: choose a recipe on a hold-out of the training images before. Stop it
-    when you like: the same command goes on, and neither trains nor scores a seed twice.
+    See docs/protocol.md. A recipe is chosen before, with --holdout: trained on the first of the training images, scored
+    on the last of them. Stop it when you like: the same command goes on, and neither trains nor scores a seed twice.
 
     Args:
         config: a config of fit whose schedule ends by itself, such as configs/fast.yaml.
         seeds: how many: 42, 43, and so on.
+        holdout: how many of the training images are scored in place of the test images, such as 10000. A schedule
+            that counts steps is shortened by as much.
         shard: i/n trains the i-th of n parts of the seeds, for several calls at once; the table has all that are done.
         output: where the runs and the table, <config>.md, are kept.
 
@@ -44,32 +94,46 @@ def protocol(config: Path, seeds: int = 5, shard: str = "1/1", output: Path = Pa
     """
     if seeds < 1:
         raise ValueError(f"seeds is {seeds}; it must be at least 1")
+    if not 0 <= holdout < SPLIT[0]:
+        raise ValueError(f"holdout is {holdout}; it must be some of the {SPLIT[0]:,} training images, or 0 for none")
     row = load_row(config)
     settings = resolve(row)
     num_epochs = int(settings["trainer"]["max_epochs"] or 0)
     if num_epochs < 1:
         raise ValueError(f"{config} has max_epochs {num_epochs}; a schedule that ends by itself needs a number of them")
-    data = {key: settings["data"][key] for key in ("source", "data_dir")}
+    split, flags, part = SPLIT, list(row.flags), ""
+    if holdout:
+        split, part = (SPLIT[0] - holdout, holdout, sum(SPLIT[1:])), f"-holdout_{holdout}"
+        flags += shorten_schedule(settings, split[0])
+    module = MNISTDataModule(**{key: settings["data"][key] for key in ("source", "data_dir")}, split=split)
     mine, table = parse_shard(shard), f"no seed of {seeds} is in part {shard}"
     runs = {
-        seed: output / f"{config.stem}-{row.digest[:8]}" / f"seed_{seed}"
+        seed: output / f"{config.stem}-{row.digest[:8]}{part}" / f"seed_{seed}"
         for seed in range(FIRST_SEED, FIRST_SEED + seeds)
     }
     for seed, run in list(runs.items())[mine]:
         if not (run / "result.json").is_file():
-            print(f"[{seed - FIRST_SEED + 1}/{seeds}] {config.stem}, seed {seed}", flush=True)
-            train(row.flags, seed, run, num_epochs)
-            result = score(run, seed, num_epochs, MNISTDataModule(**data, split=SPLIT))
+            print(f"[{seed - FIRST_SEED + 1}/{seeds}] {config.stem}{part}, seed {seed}", flush=True)
+            train([*flags, f"--data.split={list(split)}"], seed, run, num_epochs)
+            result = score(run, seed, num_epochs, module, holdout)
             write_file(run / "result.json", (json.dumps(result, indent=2) + "\n").encode())
             (run / "checkpoints" / "best.ckpt").unlink(missing_ok=True)  # or `test` would take it for the newest model
         paths = [other / "result.json" for other in runs.values()]  # of the other parts, too
-        results = [load_result(path) for path in paths if path.is_file()]
-        table = render_table(config, seeds, results)
-        write_file(output / f"{config.stem}.md", table.encode())
+        results = [load_result(path, HOLDOUT if holdout else FINAL) for path in paths if path.is_file()]
+        table = render_table(config, seeds, results, holdout)
+        write_file(output / f"{config.stem}{part}.md", table.encode())
     print(table)
 
 
-def train(flags: tuple[str, ...], seed: int, run: Path, num_epochs: int) -> None:
+def shorten_schedule(settings: dict[str, Any], num_images: int) -> list[str]:
+    """Flags of ``fit`` that make a schedule which counts steps end with a training on so many images."""
+    given = (settings["model"]["lr_scheduler"] or {}).get("init_args", {})
+    steps = math.ceil(num_images / settings["data"]["batch_size"])
+    lengths = {"steps_per_epoch": steps, "total_steps": steps * settings["trainer"]["max_epochs"]}
+    return [f"--model.lr_scheduler.{name}={length}" for name, length in lengths.items() if given.get(name)]
+
+
+def train(flags: list[str], seed: int, run: Path, num_epochs: int) -> None:
     """Train one seed, or go on with it; no early stopping, so that every seed has the same schedule."""
     last = run / "checkpoints" / "last.ckpt"
     if last.is_file() and find_run(last):
@@ -83,13 +147,23 @@ def train(flags: tuple[str, ...], seed: int, run: Path, num_epochs: int) -> None
         "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
         "init_args": {**place, "default_hp_metric": False},
     }
-    ours = [f"--data.split={list(SPLIT)}", f"--early_stopping.patience={num_epochs + 1}", "--trainer.devices=1"]
+    ours = [f"--early_stopping.patience={num_epochs + 1}", "--trainer.devices=1"]
     ours += ["--calibration.num_digits=0"]  # no part of the figure, and minutes of work
     main(["fit", *flags, *ours, f"--seed_everything={seed}", f"--trainer.logger={json.dumps(logger)}"])
 
 
-def score(run: Path, seed: int, num_epochs: int, module: MNISTDataModule) -> dict[str, Any]:
-    """Score the last epoch of a run on the 10,000 test images: validation and test set of the data module.
+def score(run: Path, seed: int, num_epochs: int, module: MNISTDataModule, holdout: int = 0) -> Result:
+    """Score the last epoch of a run on the 10,000 test images, or on a hold-out of the training images.
+
+    Args:
+        run: its folder.
+        seed: of it.
+        num_epochs: of its schedule.
+        module: the data, whose validation and test set are scored; of a hold-out, the validation set alone.
+        holdout: how many of the training images are held out; 0 for the test images.
+
+    Returns:
+        What a result.json holds. Mistakes are positions among the test images; of a hold-out, among MNIST's.
 
     Raises:
         ValueError: the run did not train as many epochs as its config says.
@@ -98,15 +172,18 @@ def score(run: Path, seed: int, num_epochs: int, module: MNISTDataModule) -> dic
     if checkpoint["epoch"] + 1 != num_epochs:
         raise ValueError(f"{run} ended after {checkpoint['epoch'] + 1} of {num_epochs} epochs; its figure is not fixed")
     module.setup("test")
-    images = torch.cat([module.datasets[1].images, module.datasets[2].images])
-    labels = torch.cat([module.datasets[1].labels, module.datasets[2].labels])
-    plain, averaged = count_mistakes(net, images, labels)
+    scored = module.datasets[1:2] if holdout else module.datasets[1:]
+    images, labels = torch.cat([part.images for part in scored]), torch.cat([part.labels for part in scored])
+    first = len(module.datasets[0]) if holdout else 0
+    plain, averaged, losses = judge(net, images, labels)
+    odd = losses[1 - first % 2 :: 2]
     return {
         "seed": seed,
         "epochs": num_epochs,
         "num_parameters": sum(parameter.numel() for parameter in net.parameters()),
-        "mistakes": plain,
-        "mistakes_shifted": averaged,
+        "mistakes": [first + place for place in plain],
+        "mistakes_shifted": [first + place for place in averaged],
+        **({"loss": float(losses.mean()), "loss_odd": float(odd.mean())} if holdout else {}),
         "train_s": measure_seconds(run),
         "hardware": describe_hardware(),
         "versions": list_versions(),
@@ -114,20 +191,23 @@ def score(run: Path, seed: int, num_epochs: int, module: MNISTDataModule) -> dic
     }
 
 
-def count_mistakes(net: Network, images: Tensor, labels: Tensor) -> tuple[list[int], list[int]]:
-    """Where a network is wrong: positions among the images, for the image alone and for the mean over its shifts.
+def judge(net: Network, images: Tensor, labels: Tensor) -> tuple[list[int], list[int], Tensor]:
+    """Where a network is wrong, for the image alone and for the mean over its shifts, and its loss on each image.
 
     Args:
         net: in evaluation mode.
         images: (N, 1, 28, 28) uint8.
         labels: (N,) int64.
+
+    Returns:
+        Two lists of positions among the images, and the cross-entropy (N,) of the images alone.
     """
     net = net.to(memory_format=torch.channels_last)
     device = next(net.parameters()).device
-    probabilities = [predict(net, shift(images, down, right), device).softmax(dim=1) for down, right in SHIFTS]
-    guesses = (probabilities[0].argmax(dim=1), torch.stack(probabilities).mean(dim=0).argmax(dim=1))
+    logits = [predict(net, shift(images, down, right), device) for down, right in SHIFTS]
+    guesses = (logits[0].argmax(dim=1), torch.stack(logits).softmax(dim=2).mean(dim=0).argmax(dim=1))
     plain, averaged = ((guess != labels).nonzero()[:, 0].tolist() for guess in guesses)
-    return plain, averaged
+    return plain, averaged, F.cross_entropy(logits[0], labels, reduction="none")
 
 
 def shift(images: Tensor, down: int, right: int) -> Tensor:
@@ -140,49 +220,45 @@ def shift(images: Tensor, down: int, right: int) -> Tensor:
     return moved
 
 
-def load_result(path: Path) -> dict[str, Any]:
-    """A finished seed's result.
+def load_result(path: Path, columns: tuple[Column, ...]) -> Result:
+    """A finished seed's result, which has what these columns show.
 
     Raises:
         ValueError: it is damaged.
     """
     try:
-        result: dict[str, Any] = json.loads(path.read_text())
-        for key in ("seed", "epochs", "num_parameters", "mistakes", "mistakes_shifted", "train_s", "hardware", "date"):
+        result: Result = json.loads(path.read_text())
+        for key in ("seed", "epochs", "num_parameters", "hardware", "date"):
             result[key]
         result["versions"]["torch"]
+        for column in columns:
+            column.measure(result)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged; remove it, and the seed is scored again") from error
     return result
 
 
-def render_table(config: Path, seeds: int, results: list[dict[str, Any]]) -> str:
+def render_table(config: Path, seeds: int, results: list[Result], holdout: int = 0) -> str:
     """The Markdown page of all seeds."""
-    lines = [
-        "| seed | mistakes in 10,000 | in the last 5,000 | of them known wrong labels | averaged over shifts: 10,000 | "
-        "last 5,000 | training |",
-        "|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    columns: list[list[float]] = [[] for _ in range(6)]
-    for result in results:
-        counts: list[float] = []
-        for key in ("mistakes", "mistakes_shifted"):
-            counts += [len(result[key]), sum(one >= SPLIT[1] for one in result[key])]
-        counts.insert(2, len(set(result["mistakes"]) & set(KNOWN_WRONG)))
-        counts.append(result["train_s"])
-        for column, count in zip(columns, counts, strict=True):
-            column.append(count)
-        lines.append(f"| {result['seed']} | {' | '.join(str(count) for count in counts[:5])} | {counts[5]:.0f} s |")
-    summary = [
-        f"{statistics.fmean(column):.1f}" + (f" ± {statistics.stdev(column):.1f}" if len(column) > 1 else "")
-        for column in columns
-    ]
-    lines.append(f"| **mean ± sd** | {' | '.join(summary[:5])} | {summary[5]} s |")
+    columns = HOLDOUT if holdout else FINAL
+    summary = []
+    cells = [[str(result["seed"]) for result in results]]
+    for column in columns:
+        values = [column.measure(result) for result in results]
+        cells.append([f"{value:.{column.decimals}f}{column.unit}" for value in values])
+        averages = [statistics.fmean(values), *([statistics.stdev(values)] if len(values) > 1 else [])]
+        summary.append(" ± ".join(f"{value:.{max(column.decimals, 1)}f}" for value in averages) + column.unit)
+    rows = [["seed", *(column.title for column in columns)], ["---:"] * len(cells), *zip(*cells, strict=True)]
+    lines = [f"| {' | '.join(row)} |" for row in [*rows, ["**mean ± sd**", *summary]]]
     first = results[0]
     machines = sorted({f"{one['hardware']}, torch {one['versions']['torch']}, {one['date'][:10]}" for one in results})
+    trained, scored = f"all {SPLIT[0]:,} training images", "scored at the last epoch, once per seed"
+    asked = f"python -m digitnet protocol {config} --seeds {seeds}"
+    if holdout:
+        trained, scored = f"the first {SPLIT[0] - holdout:,} training images", f"scored on the next {holdout:,}"
+        asked += f" --holdout {holdout}"
     note = (
-        f"{first['num_parameters']:,} parameters, {first['epochs']} epochs on all 60,000 training images, scored at "
-        f"the last epoch, once per seed, as docs/protocol.md says. {'; '.join(machines)}: "
-        f"`python -m digitnet protocol {config} --seeds {seeds}`"
+        f"{first['num_parameters']:,} parameters, {first['epochs']} epochs on {trained}, {scored}, as docs/protocol.md "
+        f"says. {'; '.join(machines)}: `{asked}`"
     )
     return "\n".join([f"# {config.stem}", "", *lines, "", note, ""])
