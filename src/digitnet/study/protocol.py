@@ -248,8 +248,9 @@ def render_table(config: Path, seeds: int, results: list[Result], holdout: int =
         cells.append([f"{value:.{column.decimals}f}{column.unit}" for value in values])
         averages = [statistics.fmean(values), *([statistics.stdev(values)] if len(values) > 1 else [])]
         summary.append(" ± ".join(f"{value:.{max(column.decimals, 1)}f}" for value in averages) + column.unit)
-    rows = [["seed", *(column.title for column in columns)], ["---:"] * len(cells), *zip(*cells, strict=True)]
-    lines = [f"| {' | '.join(row)} |" for row in [*rows, ["**mean ± sd**", *summary]]]
+    rows = [["seed", *(column.title for column in columns)], *zip(*cells, strict=True), ["**mean ± sd**", *summary]]
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    lines.insert(1, f"|{'---:|' * len(cells)}")
     first = results[0]
     machines = sorted({f"{one['hardware']}, torch {one['versions']['torch']}, {one['date'][:10]}" for one in results})
     trained, scored = f"all {SPLIT[0]:,} training images", "scored at the last epoch, once per seed"
