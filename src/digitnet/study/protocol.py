@@ -101,19 +101,19 @@ def protocol(
     num_epochs = int(settings["trainer"]["max_epochs"] or 0)
     if num_epochs < 1:
         raise ValueError(f"{config} has max_epochs {num_epochs}; a schedule that ends by itself needs a number of them")
-    split, flags, part = SPLIT, list(row.flags), ""
+    split, flags, suffix = SPLIT, list(row.flags), ""
     if holdout:
-        split, part = (SPLIT[0] - holdout, holdout, sum(SPLIT[1:])), f"-holdout_{holdout}"
+        split, suffix = (SPLIT[0] - holdout, holdout, sum(SPLIT[1:])), f"-holdout_{holdout}"
         flags += shorten_schedule(settings, split[0])
     module = MNISTDataModule(**{key: settings["data"][key] for key in ("source", "data_dir")}, split=split)
     mine, table = parse_shard(shard), f"no seed of {seeds} is in part {shard}"
     runs = {
-        seed: output / f"{config.stem}-{row.digest[:8]}{part}" / f"seed_{seed}"
+        seed: output / f"{config.stem}-{row.digest[:8]}{suffix}" / f"seed_{seed}"
         for seed in range(FIRST_SEED, FIRST_SEED + seeds)
     }
     for seed, run in list(runs.items())[mine]:
         if not (run / "result.json").is_file():
-            print(f"[{seed - FIRST_SEED + 1}/{seeds}] {config.stem}{part}, seed {seed}", flush=True)
+            print(f"[{seed - FIRST_SEED + 1}/{seeds}] {config.stem}{suffix}, seed {seed}", flush=True)
             train([*flags, f"--data.split={list(split)}"], seed, run, num_epochs)
             result = score(run, seed, num_epochs, module, holdout)
             write_file(run / "result.json", (json.dumps(result, indent=2) + "\n").encode())
@@ -121,7 +121,7 @@ def protocol(
         paths = [other / "result.json" for other in runs.values()]  # of the other parts, too
         results = [load_result(path, HOLDOUT if holdout else FINAL) for path in paths if path.is_file()]
         table = render_table(config, seeds, results, holdout)
-        write_file(output / f"{config.stem}{part}.md", table.encode())
+        write_file(output / f"{config.stem}{suffix}.md", table.encode())
     print(table)
 
 
@@ -176,14 +176,14 @@ def score(run: Path, seed: int, num_epochs: int, module: MNISTDataModule, holdou
     images, labels = torch.cat([part.images for part in scored]), torch.cat([part.labels for part in scored])
     first = len(module.datasets[0]) if holdout else 0
     plain, averaged, losses = judge(net, images, labels)
-    odd = losses[1 - first % 2 :: 2]
+    is_odd = (first + torch.arange(len(losses))) % 2 == 1
     return {
         "seed": seed,
         "epochs": num_epochs,
         "num_parameters": sum(parameter.numel() for parameter in net.parameters()),
         "mistakes": [first + place for place in plain],
         "mistakes_shifted": [first + place for place in averaged],
-        **({"loss": float(losses.mean()), "loss_odd": float(odd.mean())} if holdout else {}),
+        **({"loss": float(losses.mean()), "loss_odd": float(losses[is_odd].mean())} if holdout else {}),
         "train_s": measure_seconds(run),
         "hardware": describe_hardware(),
         "versions": list_versions(),
