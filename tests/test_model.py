@@ -1,4 +1,4 @@
-"""DigitNet and ResidualNet against figures of their sources and against layers written out by hand."""
+"""DigitNet, UprightNet and ResidualNet against figures of their sources and against layers written out by hand."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from digitnet.augment import affine
 from digitnet.checkpoints import load_net, make_net
 from digitnet.classifier import DigitClassifier
 from digitnet.data import load_bundled_digits
-from digitnet.model import Committee, DigitNet, ResidualNet
+from digitnet.model import BatchNorm, Committee, DigitNet, ResidualNet, UprightNet, deslant
 
 
 def test_parameters_per_layer_are_the_write_ups() -> None:
@@ -68,9 +69,9 @@ def test_dropout_acts_in_training_only(kind: str) -> None:
 
 
 @pytest.mark.parametrize(("kind", "value"), [("dropout", 1.0), ("dropout", -0.1), ("conv_dropout", math.nan)])
-@pytest.mark.parametrize("architecture", [DigitNet, ResidualNet])
+@pytest.mark.parametrize("architecture", [DigitNet, UprightNet, ResidualNet])
 def test_impossible_dropout_is_refused(
-    architecture: type[DigitNet] | type[ResidualNet], kind: str, value: float
+    architecture: type[DigitNet] | type[UprightNet] | type[ResidualNet], kind: str, value: float
 ) -> None:
     with pytest.raises(ValueError, match=f"{kind} is {value}"):
         architecture(**{kind: value})
@@ -81,6 +82,104 @@ def test_pixels_follow_the_precision_of_the_weights(dtype: torch.dtype) -> None:
     net = DigitNet().eval().to(dtype)
     images = torch.randint(0, 256, (2, 1, 28, 28), dtype=torch.uint8)
     assert net(images).dtype == dtype
+
+
+def fit_slants(images: torch.Tensor) -> np.ndarray:
+    """The slope (B,) of column by row of images (B, 1, H, W), by NumPy's least squares weighted with the ink."""
+    columns, rows = np.meshgrid(np.arange(images.shape[3]), np.arange(images.shape[2]))
+    inks = images[:, 0].double().numpy()
+    return np.array([np.polyfit(rows.ravel(), columns.ravel(), 1, w=np.sqrt(ink).ravel())[0] for ink in inks])
+
+
+def test_deslanting_leaves_no_slant_and_the_centre_where_it_was() -> None:
+    images = torch.from_numpy(load_bundled_digits().images[:100])[:, None].float() / 255
+    before = fit_slants(images)
+    images = images[np.abs(before) < 0.5]  # the others are left with a part of theirs
+    upright = deslant(images)
+    assert np.abs(fit_slants(upright)).max() < 0.02 < np.abs(before).mean()
+    for axis, places in ((2, torch.arange(28.0).view(28, 1)), (3, torch.arange(28.0).view(1, 28))):
+        centres = [(each * places).sum(dim=(1, 2, 3)) / each.sum(dim=(1, 2, 3)) for each in (images, upright)]
+        torch.testing.assert_close(*centres, atol=1e-2, rtol=0, msg=f"axis {axis}")
+    torch.testing.assert_close(upright.sum(dim=3), images.sum(dim=3), atol=1e-2, rtol=0)  # each row keeps its ink
+
+
+def test_deslanting_undoes_a_slant() -> None:
+    images = torch.from_numpy(load_bundled_digits().images[:100])[:, None].float() / 255
+    none = torch.zeros(100)
+    leaning = affine(images, none, torch.zeros(100, 2), shear=none + 0.2)
+    as_straight = (deslant(leaning) - deslant(images)).abs().mean()
+    assert as_straight < 0.25 * (leaning - images).abs().mean()
+
+
+def test_deslanting_leaves_what_leans_nowhere() -> None:
+    images = torch.zeros(2, 1, 28, 28)
+    images[1, :, 4:24, 13:15] = 1  # a bar; the other image is empty
+    torch.testing.assert_close(deslant(images), images)
+    whole = deslant(images.to(torch.bfloat16))
+    assert whole.dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        digits = torch.from_numpy(load_bundled_digits().images[:100])[:, None].float() / 255
+        mixed = deslant(digits)
+    assert torch.equal(mixed, deslant(digits))
+
+
+def test_upright_net_is_digitnet_on_deslanted_images() -> None:
+    net = UprightNet().eval()
+    images = torch.from_numpy(load_bundled_digits().images[:10])[:, None]
+    assert sum(p.numel() for p in net.parameters()) == 1_413_834
+    none = torch.zeros(10)
+    x = affine(deslant(images.float() / 255), none, torch.zeros(10, 2), zoom=none + 8 / 7)
+    x = (x - x.mean(dim=(2, 3), keepdim=True)) / x.std(dim=(2, 3), keepdim=True, correction=0)
+    torch.testing.assert_close(net(images), net.digitnet(x), rtol=1e-3, atol=1e-3)
+    again = net.prepare(images)
+    assert torch.equal(net.prepare(images), again)
+    assert not torch.equal(net.train().prepare(images), again)
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (6, 5, 4, 4)])
+def test_batch_normalization_is_pytorchs_with_the_bias_of_the_layer(shape: tuple[int, ...]) -> None:
+    layer = torch.nn.Linear(3, 5)
+    bias = layer.bias.detach().clone()
+    norm = BatchNorm(layer)
+    reference = (torch.nn.BatchNorm1d if len(shape) == 2 else torch.nn.BatchNorm2d)(5, momentum=0.02)
+    reference.load_state_dict({"bias": bias}, strict=False)
+    for training in (True, True, False):
+        x = torch.randn(shape) * 3 + 1
+        torch.testing.assert_close(norm.train(training)(x), reference.train(training)(x))
+    assert layer.bias is None
+    assert torch.equal(norm.bias, bias)
+
+
+def test_a_folded_net_is_a_plain_one_of_the_same_values() -> None:
+    torch.manual_seed(0)
+    net = DigitNet(batch_norm=True)
+    assert sum(p.numel() for p in net.parameters()) == 1_413_834
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for _ in range(10):
+        optimizer.zero_grad()
+        F.cross_entropy(net(torch.rand(40, 1, 28, 28)), torch.randint(10, (40,))).backward()
+        optimizer.step()
+    images = torch.rand(5, 1, 28, 28)
+    folded = net.eval().fold()
+    assert folded.state_dict().keys() == DigitNet().state_dict().keys()
+    assert (net(images) - DigitNet().eval()(images)).abs().max() > 0.1
+    torch.testing.assert_close(folded(images), net(images), rtol=1e-4, atol=1e-5)
+    assert torch.equal(folded.fold()(images), folded(images))
+
+
+def test_batch_normalization_is_gone_from_what_is_used(digitnet: Run, tmp_path: Path) -> None:
+    assert digitnet("fit", "--config", QUICKSTART, "--model.architecture=upright", *SHORT) == 0
+    (path,) = tmp_path.glob("lightning_logs/quickstart/version_*/checkpoints/best.ckpt")
+    net, checkpoint = load_net(path)
+    assert isinstance(net, UprightNet)
+    assert "net.digitnet.norms.conv1.mean" in checkpoint["state_dict"]
+    assert net.digitnet.state_dict().keys() == DigitNet().state_dict().keys()
+    assert digitnet("test", "--ckpt_path", path) == 0
+    scored = json.loads((path.parents[1] / "report" / "metrics.json").read_text())
+    digits = load_bundled_digits()
+    with torch.no_grad():
+        predictions = net(torch.from_numpy(digits.images[-180:])[:, None]).argmax(dim=1).numpy()
+    assert scored["num_errors"] == (predictions != digits.labels[-180:]).sum()
 
 
 def test_residual_net_is_the_sources_without_its_second_convolution() -> None:
@@ -123,7 +222,7 @@ def test_residual_net_is_the_sources_without_its_second_convolution() -> None:
 
 
 def test_an_architecture_is_told_by_its_weights() -> None:
-    together = Committee([ResidualNet(), DigitNet(), ResidualNet()])
+    together = Committee([ResidualNet(), DigitNet(), UprightNet(batch_norm=False), UprightNet()])
     for net in (*together.members, together):
         made = make_net({"state_dict": {f"net.{name}": weight for name, weight in net.state_dict().items()}})
         made.load_state_dict(net.state_dict())
@@ -178,5 +277,5 @@ def test_a_committee_of_residual_nets_counts_its_parameters(
 
 
 def test_an_unknown_architecture_is_refused() -> None:
-    with pytest.raises(ValueError, match="architecture is lenet; there are digitnet, residual"):
+    with pytest.raises(ValueError, match="architecture is lenet; there are digitnet, upright, residual"):
         DigitClassifier(architecture="lenet")  # type: ignore[arg-type]

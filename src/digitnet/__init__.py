@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from digitnet.data import MNISTDataModule, fetch_digits
     from digitnet.distillation import Teacher
     from digitnet.disturb import RandomDisturbance
-    from digitnet.model import DigitNet, ResidualNet
+    from digitnet.model import DigitNet, ResidualNet, UprightNet
     from digitnet.selection import HardExamples
 
 __version__ = "0.1.0"
@@ -23,6 +23,7 @@ __all__ = [
     "RandomWarp",
     "ResidualNet",
     "Teacher",
+    "UprightNet",
     "fetch_digits",
 ]
 
@@ -36,6 +37,7 @@ _HOMES = {
     "RandomWarp": "augment",
     "ResidualNet": "model",
     "Teacher": "distillation",
+    "UprightNet": "model",
     "fetch_digits": "data",
 }
 

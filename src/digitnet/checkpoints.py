@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from digitnet.files import replace_whole
-from digitnet.model import Committee, DigitNet, Network, ResidualNet
+from digitnet.model import Committee, DigitNet, Network, ResidualNet, SingleNet, UprightNet
 
 LOG_DIR = Path("lightning_logs")
 FIT_HINT = "python -m digitnet fit --config configs/final.yaml"
@@ -113,8 +113,12 @@ def is_of_architecture(checkpoint: dict[str, Any], net: nn.Module) -> bool:
         return make_net(checkpoint).state_dict().keys() == net.state_dict().keys()
 
 
-def _make_single(names: list[str]) -> DigitNet | ResidualNet:
-    return ResidualNet() if "block1.conv.weight" in names else DigitNet()
+def _make_single(names: list[str]) -> SingleNet:
+    if "block1.conv.weight" in names:
+        return ResidualNet()
+    if "digitnet.conv1.weight" in names:
+        return UprightNet(batch_norm="digitnet.norms.conv1.mean" in names)
+    return DigitNet()
 
 
 def load_net(path: Path) -> tuple[Network, dict[str, Any]]:
@@ -126,6 +130,8 @@ def load_net(path: Path) -> tuple[Network, dict[str, Any]]:
     checkpoint = verify_checkpoint(path)
     net = make_net(checkpoint)
     net.load_state_dict({name: checkpoint["state_dict"][f"net.{name}"] for name in net.state_dict()})
+    if isinstance(net, UprightNet):
+        net.digitnet = net.digitnet.fold()
     return net.eval(), checkpoint
 
 

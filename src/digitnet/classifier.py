@@ -30,9 +30,10 @@ class DigitClassifier(L.LightningModule):
     and logged once an epoch (``train/loss``, ``train/acc``, ``val/...``, ``test/...``), as logging costs more.
 
     Args:
-        architecture: "digitnet", the write-up's network, or "residual", digitnet.ResidualNet.
-        dropout: probability of dropping a unit, in [0, 1): DigitNet's after each of its two hidden dense layers,
-            ResidualNet's before its only dense layer.
+        architecture: "digitnet", the write-up's network; "upright", the same on digits set upright
+            (digitnet.UprightNet); or "residual", digitnet.ResidualNet.
+        dropout: probability of dropping a unit, in [0, 1): after each of the two hidden dense layers or, ResidualNet's,
+            before the only dense layer.
         conv_dropout: probability of dropping a value after each pooling, in [0, 1).
         optimizer: any torch optimizer, by class path or name; its arguments follow as ``init_args``.
         lr_scheduler: any torch learning-rate schedule, stepped once an epoch (OneCycleLR and CyclicLR: once a step);
@@ -50,7 +51,7 @@ class DigitClassifier(L.LightningModule):
 
     def __init__(
         self,
-        architecture: Literal["digitnet", "residual"] = "digitnet",
+        architecture: Literal["digitnet", "upright", "residual"] = "digitnet",
         dropout: float = 0.2,
         conv_dropout: float = 0.0,
         # A lambda, because the command line can read its defaults back; epsilon is Keras', PyTorch's is 1e-8.

@@ -102,7 +102,7 @@ class WinogradFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, images: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
+    def forward(ctx: Any, images: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: int) -> Tensor:
         tile = choose_tile(height, width)
         n, rows, columns = tile + 2, math.ceil(height / tile), math.ceil(width / tile)
         to_input, to_kernel, to_output = make_transforms(tile)
@@ -120,7 +120,8 @@ class WinogradFunction(torch.autograd.Function):
         results = results.permute(2, 3, 0, 4, 1, 5).reshape(num, rows * tile, columns * tile, num_out)
         ctx.save_for_backward(inputs, kernels)
         ctx.sizes = (num, rows, columns, tile, size)
-        return results[:, :height, :width].add_(bias).permute(0, 3, 1, 2)
+        results = results[:, :height, :width].permute(0, 3, 1, 2)
+        return results if bias is None else results.add_(bias[:, None, None])
 
     @staticmethod
     @once_differentiable
@@ -130,7 +131,7 @@ class WinogradFunction(torch.autograd.Function):
         n, num_out, channels = tile + 2, kernels.shape[1], kernels.shape[2]
         to_input, to_kernel, to_output = make_transforms(tile)
         d_results = gradients[0].permute(0, 2, 3, 1)  # (B, height, width, O)
-        d_bias = d_results.sum((0, 1, 2))
+        d_bias = d_results.sum((0, 1, 2)) if ctx.needs_input_grad[2] else None
         d_results = F.pad(
             d_results, (0, 0, 0, columns * tile - d_results.shape[2], 0, rows * tile - d_results.shape[1])
         )
