@@ -126,8 +126,8 @@ class BatchNorm(nn.Module):
 class UprightNet(nn.Module):
     """DigitNet on digits set upright, enlarged and normalized; trained with batch normalization, 1,413,834 parameters.
 
-    Writers differ in slant more than in anything else; what is taken out beforehand need not be learned. Trained and
-    folded, it is the write-up's network behind a step without parameters.
+    Writers differ in slant; what is taken out beforehand need not be learned from examples. Trained and folded, it is
+    the write-up's network behind a step without parameters.
 
     Source: LeCun, Bottou, Bengio and Haffner 1998, Gradient-Based Learning Applied to Document Recognition, whose table
     has rows "deslanted".
@@ -152,11 +152,12 @@ class UprightNet(nn.Module):
     def prepare(self, images: Tensor) -> Tensor:
         """What DigitNet gets to see of images (B, 1, 28, 28), in the same shape, each of mean 0 and variance 1.
 
-        In training, a slant of up to SLANT_JITTER either way is left in, another one for each image.
+        In training, each gets a random slant of up to SLANT_JITTER either way: augmentation that slants or turns them
+        before would be undone.
         """
-        jitter = (
-            torch.empty(len(images), 1, device=images.device).uniform_(-1, 1) * SLANT_JITTER if self.training else None
-        )
+        jitter = None
+        if self.training:
+            jitter = SLANT_JITTER * torch.empty(len(images), 1, device=images.device).uniform_(-1, 1)
         return look_closely(deslant(to_levels(images, self.digitnet.conv1.weight.dtype), jitter))
 
 
@@ -282,7 +283,7 @@ def deslant(images: Tensor, jitter: Tensor | None = None) -> Tensor:
 
     Args:
         images: (B, 1, H, W), floating point, ink bright on a paper of 0.
-        jitter: (B, 1), how much of its slant is left to each image, columns to the right per row down; none by default.
+        jitter: (B, 1), the slant that each image is given instead of none, in columns to the right per row down.
 
     Returns:
         (B, 1, H, W) of the dtype given. An image without ink comes back as it is.
