@@ -221,6 +221,12 @@ def test_tradeoff_draws_each_point_and_record() -> None:
     assert axes.get_ylabel() == "mistakes in 10,000"
 
 
+def test_more_curves_than_can_be_told_apart_are_refused() -> None:
+    curves = {str(number): [(1.0, 2.0, 0.0)] for number in range(5)}
+    with pytest.raises(ValueError, match="there are 5 curves; up to 4 can be told apart"):
+        figures.draw_tradeoff(curves, {}, "Title", "unit")
+
+
 # --- how it looks -----------------------------------------------------------------------------------------------------
 
 EVERY_FIGURE: dict[str, Callable[[], Figure]] = {

@@ -446,14 +446,19 @@ def draw_tradeoff(
     """Mistakes against seconds of training, both on logarithmic scales.
 
     Args:
-        curves: up to three: name -> points: seconds, mistakes, and the standard deviation of these (0 draws none).
+        curves: up to four: name -> points: seconds, mistakes, and the standard deviation of these (0 draws none).
         records: name -> mistakes of networks whose training time is not known: lines across.
         title: of the figure.
         unit: what the mistakes are counted in.
+
+    Raises:
+        ValueError: there are more curves.
     """
+    looks = (("o", BLUE), ("s", VERMILION), ("^", INK), ("D", GREY))
+    if len(curves) > len(looks):
+        raise ValueError(f"there are {len(curves)} curves; up to {len(looks)} can be told apart")
     figure = make_figure(WIDTH_IN, 3.9, title)
     axes = figure.subplots()
-    looks = (("o", BLUE), ("s", VERMILION), ("^", INK))
     for (name, points), (marker, color) in zip(curves.items(), looks, strict=False):
         seconds, mistakes, spread = (np.array(each) for each in zip(*points, strict=True))
         style: dict[str, Any] = {"marker": marker, "color": color, "linewidth": 1.2, "markersize": 5}
