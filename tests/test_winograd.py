@@ -98,6 +98,20 @@ def test_plain_outside_float32() -> None:
     assert conv.eval()(images.double()).shape == (2, 5, 7, 7)
 
 
+def test_without_a_bias_the_gradients_are_the_same() -> None:
+    # As of a convolution before batch normalization, which has the bias.
+    torch.manual_seed(0)
+    inputs = (torch.randn(3, 8, 14, 14, requires_grad=True), torch.randn(6, 8, 3, 3, requires_grad=True))
+    expected = F.conv2d(*(each.double() for each in inputs), padding=1)
+    found = WinogradFunction.apply(*inputs, None, 14, 14)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-4)
+    gradient = torch.randn_like(expected)
+    theirs = torch.autograd.grad(expected, inputs, gradient)
+    ours = torch.autograd.grad(found, inputs, gradient.float())
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-5 * b.abs().max().item())
+
+
 def test_no_wrong_second_derivative() -> None:
     images, weight, bias = torch.randn(1, 2, 4, 4), torch.randn(3, 2, 3, 3, requires_grad=True), torch.zeros(3)
     results = WinogradFunction.apply(images, weight, bias, 4, 4)
