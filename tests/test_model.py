@@ -1,4 +1,4 @@
-"""DigitNet, UprightNet and ResidualNet against figures of their sources and against layers written out by hand."""
+"""Every network against the figures of its source and against layers written out by hand."""
 
 from __future__ import annotations
 
@@ -16,7 +16,17 @@ from digitnet.augment import affine
 from digitnet.checkpoints import load_net, make_net
 from digitnet.classifier import DigitClassifier
 from digitnet.data import load_bundled_digits
-from digitnet.model import BatchNorm, Committee, DigitNet, ResidualNet, UprightNet, deslant
+from digitnet.model import (
+    ARCHITECTURES,
+    BatchNorm,
+    Committee,
+    DigitNet,
+    ResidualNet,
+    UprightNet,
+    UprightResidualNet,
+    deslant,
+    set_upright,
+)
 
 
 def test_parameters_per_layer_are_the_write_ups() -> None:
@@ -69,12 +79,10 @@ def test_dropout_acts_in_training_only(kind: str) -> None:
 
 
 @pytest.mark.parametrize(("kind", "value"), [("dropout", 1.0), ("dropout", -0.1), ("conv_dropout", math.nan)])
-@pytest.mark.parametrize("architecture", [DigitNet, UprightNet, ResidualNet])
-def test_impossible_dropout_is_refused(
-    architecture: type[DigitNet] | type[UprightNet] | type[ResidualNet], kind: str, value: float
-) -> None:
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_impossible_dropout_is_refused(architecture: str, kind: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{kind} is {value}"):
-        architecture(**{kind: value})
+        ARCHITECTURES[architecture](**{kind: value})
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -133,9 +141,26 @@ def test_upright_net_is_digitnet_on_deslanted_images() -> None:
     x = affine(deslant(images.float() / 255), none, torch.zeros(10, 2), zoom=none + 8 / 7)
     x = (x - x.mean(dim=(2, 3), keepdim=True)) / x.std(dim=(2, 3), keepdim=True, correction=0)
     torch.testing.assert_close(net(images), net.digitnet(x), rtol=1e-3, atol=1e-3)
-    again = net.prepare(images)
-    assert torch.equal(net.prepare(images), again)
-    assert not torch.equal(net.train().prepare(images), again)
+
+
+def test_a_residual_net_may_see_deslanted_images() -> None:
+    net = UprightResidualNet().eval()
+    images = torch.from_numpy(load_bundled_digits().images[:10])[:, None]
+    assert sum(p.numel() for p in net.parameters()) == 4_587_914
+    expected = net.residual(deslant(images.float() / 255))
+    torch.testing.assert_close(net(images), expected)
+    assert (net.residual(images) - expected).abs().max() > 0.01
+
+
+def test_training_puts_back_a_random_slant() -> None:
+    images = torch.from_numpy(load_bundled_digits().images[:100])[:, None].float() / 255
+    assert torch.equal(set_upright(images, training=False), deslant(images))
+    torch.manual_seed(0)
+    spread = fit_slants(set_upright(images, training=True)) - fit_slants(deslant(images))
+    assert np.abs(spread).max() < 0.22
+    assert spread.std() == pytest.approx(0.2 / math.sqrt(3), rel=0.2)  # of a uniform distribution
+    for net in (UprightNet(dropout=0.0), UprightResidualNet()):
+        assert not torch.equal(net(images), net(images))
 
 
 @pytest.mark.parametrize("shape", [(6, 5), (6, 5, 4, 4)])
@@ -224,7 +249,7 @@ def test_residual_net_is_the_sources_without_its_second_convolution() -> None:
 
 
 def test_an_architecture_is_told_by_its_weights() -> None:
-    together = Committee([ResidualNet(), DigitNet(), UprightNet(batch_norm=False), UprightNet()])
+    together = Committee([ResidualNet(), DigitNet(), UprightNet(batch_norm=False), UprightNet(), UprightResidualNet()])
     for net in (*together.members, together):
         made = make_net({"state_dict": {f"net.{name}": weight for name, weight in net.state_dict().items()}})
         made.load_state_dict(net.state_dict())
@@ -279,5 +304,7 @@ def test_a_committee_of_residual_nets_counts_its_parameters(
 
 
 def test_an_unknown_architecture_is_refused() -> None:
-    with pytest.raises(ValueError, match="architecture is lenet; there are digitnet, upright, residual"):
+    with pytest.raises(
+        ValueError, match="architecture is lenet; there are digitnet, upright, residual, upright_residual"
+    ):
         DigitClassifier(architecture="lenet")  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from digitnet.data import MNISTDataModule, fetch_digits
     from digitnet.distillation import Teacher
     from digitnet.disturb import RandomDisturbance
-    from digitnet.model import DigitNet, ResidualNet, UprightNet
+    from digitnet.model import DigitNet, ResidualNet, UprightNet, UprightResidualNet
     from digitnet.selection import HardExamples
 
 __version__ = "0.1.0"
@@ -24,6 +24,7 @@ __all__ = [
     "ResidualNet",
     "Teacher",
     "UprightNet",
+    "UprightResidualNet",
     "fetch_digits",
 ]
 
@@ -38,6 +39,7 @@ _HOMES = {
     "ResidualNet": "model",
     "Teacher": "distillation",
     "UprightNet": "model",
+    "UprightResidualNet": "model",
     "fetch_digits": "data",
 }
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from digitnet.files import replace_whole
-from digitnet.model import Committee, DigitNet, Network, ResidualNet, SingleNet, UprightNet
+from digitnet.model import Committee, DigitNet, Network, ResidualNet, SingleNet, UprightNet, UprightResidualNet
 
 LOG_DIR = Path("lightning_logs")
 FIT_HINT = "python -m digitnet fit --config configs/final.yaml"
@@ -116,6 +116,8 @@ def is_of_architecture(checkpoint: dict[str, Any], net: nn.Module) -> bool:
 def _make_single(names: list[str]) -> SingleNet:
     if "block1.conv.weight" in names:
         return ResidualNet()
+    if "residual.block1.conv.weight" in names:
+        return UprightResidualNet()
     if "digitnet.conv1.weight" in names:
         return UprightNet(batch_norm="digitnet.norms.conv1.mean" in names)
     return DigitNet()

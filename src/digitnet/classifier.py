@@ -31,9 +31,10 @@ class DigitClassifier(L.LightningModule):
 
     Args:
         architecture: "digitnet", the write-up's network; "upright", the same on digits set upright
-            (digitnet.UprightNet); or "residual", digitnet.ResidualNet.
-        dropout: probability of dropping a unit, in [0, 1): after each of the two hidden dense layers or, ResidualNet's,
-            before the only dense layer.
+            (digitnet.UprightNet); "residual", digitnet.ResidualNet; or "upright_residual", that one on digits set
+            upright (digitnet.UprightResidualNet).
+        dropout: probability of dropping a unit, in [0, 1): after each of the two hidden dense layers or, in a
+            ResidualNet, before the only dense layer.
         conv_dropout: probability of dropping a value after each pooling, in [0, 1).
         optimizer: any torch optimizer, by class path or name; its arguments follow as ``init_args``.
         lr_scheduler: any torch learning-rate schedule, stepped once an epoch (OneCycleLR and CyclicLR: once a step);
@@ -51,7 +52,7 @@ class DigitClassifier(L.LightningModule):
 
     def __init__(
         self,
-        architecture: Literal["digitnet", "upright", "residual"] = "digitnet",
+        architecture: Literal["digitnet", "upright", "residual", "upright_residual"] = "digitnet",
         dropout: float = 0.2,
         conv_dropout: float = 0.0,
         # A lambda, because the command line can read its defaults back; epsilon is Keras', PyTorch's is 1e-8.

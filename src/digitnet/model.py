@@ -1,4 +1,4 @@
-"""DigitNet, the write-up's network; UprightNet, which deslants before it; ResidualNet, of three times its size."""
+"""DigitNet, the write-up's network; ResidualNet, of three times its size; and each of them behind deslanting."""
 
 from __future__ import annotations
 
@@ -147,18 +147,8 @@ class UprightNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, 10) of images (B, 1, 28, 28), uint8 in [0, 255] or floating point in [0, 1]."""
-        return self.digitnet(self.prepare(images))
-
-    def prepare(self, images: Tensor) -> Tensor:
-        """What DigitNet gets to see of images (B, 1, 28, 28), in the same shape, each of mean 0 and variance 1.
-
-        In training, each gets a random slant of up to SLANT_JITTER either way: augmentation that slants or turns them
-        before would be undone.
-        """
-        jitter = None
-        if self.training:
-            jitter = SLANT_JITTER * torch.empty(len(images), 1, device=images.device).uniform_(-1, 1)
-        return look_closely(deslant(to_levels(images, self.digitnet.conv1.weight.dtype), jitter))
+        x = to_levels(images, self.digitnet.conv1.weight.dtype)  # (B, 1, 28, 28)
+        return self.digitnet(look_closely(set_upright(x, self.training)))
 
 
 class ResidualNet(nn.Module):
@@ -219,7 +209,28 @@ class ResidualBlock(nn.Module):
         return x + F.relu(self.conv(x))
 
 
-SingleNet = DigitNet | UprightNet | ResidualNet
+class UprightResidualNet(nn.Module):
+    """ResidualNet on digits set upright: 4,587,914 parameters, and the step before it has none.
+
+    Args:
+        dropout: as of ResidualNet.
+        conv_dropout: as of ResidualNet.
+
+    Raises:
+        ValueError: when a probability lies outside [0, 1).
+    """
+
+    def __init__(self, dropout: float = 0.0, conv_dropout: float = 0.0) -> None:
+        super().__init__()
+        self.residual = ResidualNet(dropout, conv_dropout)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, 10) of images (B, 1, 28, 28), uint8 in [0, 255] or floating point in [0, 1]."""
+        x = to_levels(images, self.residual.conv1.weight.dtype)  # (B, 1, 28, 28)
+        return self.residual(set_upright(x, self.training))
+
+
+SingleNet = DigitNet | UprightNet | ResidualNet | UprightResidualNet
 
 
 class Committee(nn.Module):
@@ -240,7 +251,12 @@ class Committee(nn.Module):
 
 
 Network = SingleNet | Committee
-ARCHITECTURES: dict[str, type[SingleNet]] = {"digitnet": DigitNet, "upright": UprightNet, "residual": ResidualNet}
+ARCHITECTURES: dict[str, type[SingleNet]] = {
+    "digitnet": DigitNet,
+    "upright": UprightNet,
+    "residual": ResidualNet,
+    "upright_residual": UprightResidualNet,
+}
 
 
 def init_he_normal(module: nn.Module) -> None:
@@ -273,6 +289,17 @@ def look_closely(images: Tensor) -> Tensor:
     """The middle 24.5x24.5 pixels of each image (B, 1, 28, 28), enlarged to 28x28, of mean 0 and variance 1."""
     x = F.interpolate(images, size=(32, 32), mode="bilinear")[..., 2:-2, 2:-2]
     return F.layer_norm(x, x.shape[1:])
+
+
+def set_upright(images: Tensor, training: bool) -> Tensor:
+    """Deslant images (B, 1, H, W), floating point, ink bright on a paper of 0.
+
+    In training, each gets a random slant of up to SLANT_JITTER either way: augmentation that slants or turns them
+    before would be undone.
+    """
+    if not training:
+        return deslant(images)
+    return deslant(images, SLANT_JITTER * torch.empty(len(images), 1, device=images.device).uniform_(-1, 1))
 
 
 def deslant(images: Tensor, jitter: Tensor | None = None) -> Tensor:
