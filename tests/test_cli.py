@@ -405,6 +405,7 @@ WRONG = [
     ),
     (["fit", "--early_stopping.patience", "-1"], 1, "early_stopping.patience is -1; it must be at least 0"),
     (["fit", "--trainer.check_val_every_n_epoch", "0"], 1, "check_val_every_n_epoch is 0; it must be at least 1"),
+    (["fit", "--best_checkpoint.save_top_k", "3"], 1, "best_checkpoint.save_top_k is 3; best.ckpt is of one epoch, so"),
     (["fit", "--trainer.accumulate_grad_batches", "0"], 1, "accumulate_grad_batches is 0; it must be at least 1"),
     (["fit", *ONE_CYCLE, "--trainer.max_epochs", "3"], 1, "for 8 steps, this training has 135; give --model.lr_sch"),
     (["fit", *ONE_CYCLE, "--trainer.max_epochs", "-1"], 1, "this training has inf; give --trainer.max_epochs"),

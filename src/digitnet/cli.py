@@ -217,6 +217,11 @@ class DigitCLI(LightningCLI):
             if config[key].monitor not in METRICS:
                 near = nearest_name(config[key].monitor, METRICS) or f"; there are {', '.join(METRICS)}"
                 raise ValueError(f"{key}.monitor is {config[key].monitor}, which is not logged{near}")
+        if (kept := config.best_checkpoint.save_top_k) != 1:  # the second best would replace the best
+            raise ValueError(
+                f"best_checkpoint.save_top_k is {kept}; best.ckpt is of one epoch, so it must be 1. To keep more, add "
+                "a lightning.pytorch.callbacks.ModelCheckpoint to trainer.callbacks"
+            )
         if self.run_dir:
             self._go_on_in(self.run_dir, config.trainer.logger)
         if config.trainer.logger is False:
