@@ -38,8 +38,9 @@ def test_the_exported_file_reads_as_the_checkpoint_does(
     output = tmp_path / "out" / f"net.{format}"
     assert digitnet("export", "--ckpt_path", checkpoint, "--format", format, "--output", output) == 0
     assert "180 test images: the same digits" in capsys.readouterr().out
-    assert sorted(path.name for path in output.parent.iterdir()) == ["net.json", f"net.{format}"]
-    card = json.loads(output.with_suffix(".json").read_text())
+    assert sorted(path.name for path in output.parent.iterdir()) == [f"net.{format}", f"net.{format}.json"]
+    card = json.loads(output.with_name(f"net.{format}.json").read_text())
+    assert card["calibrated"] is True
     assert card["sha256"] == hashlib.sha256(output.read_bytes()).hexdigest()
     assert (card["data"]["source"], card["test"]["num_images"]) == ("digits", 180)
 
@@ -78,6 +79,16 @@ def test_a_file_that_differs_is_not_put_in_place(
     assert digitnet("export", *args) == 1
     assert "is not the checkpoint" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_card_of_a_checkpoint_without_calibration_claims_none(
+    digitnet: Run, trained_run: Path, tmp_path: Path
+) -> None:
+    checkpoint = trained_run / "checkpoints" / "last.ckpt"
+    assert digitnet("export", "--ckpt_path", checkpoint, "--format", "pt2", "--output", tmp_path / "last.pt2") == 0
+    card = (tmp_path / "last.pt2.json").read_text()
+    assert json.loads(card)["calibrated"] is False
+    assert card.count("calibrated") == 1
 
 
 @pytest.mark.parametrize("output", ["model.json", "model.txt", "folder.pt2"])

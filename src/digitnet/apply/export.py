@@ -28,7 +28,7 @@ from digitnet.machine import list_versions
 TOLERANCE = 1e-4  # between the logits of the checkpoint and of the exported file
 INPUT = "images"
 OUTPUTS = {
-    "probabilities": "float32 [batch, 10], calibrated, of the digits 0 to 9",
+    "probabilities": "float32 [batch, 10], of the digits 0 to 9",
     "logits": "float32 [batch, 10], before calibration",
     "is_digit": "bool [batch], false where the picture looks like no digit at all",
 }
@@ -55,7 +55,8 @@ def export(
       python -m digitnet export --format pt2       for torch.export.load
 
     The file is run on the test images of the checkpoint's run, and put in place only when its logits are the
-    checkpoint's to within 1e-4 and it reads the same digit in every image. A card beside it (.json) says what it is.
+    checkpoint's to within 1e-4 and it reads the same digit in every image. A card beside it says what it is:
+    digitnet.onnx.json, or digitnet.pt2.json.
 
     Args:
         ckpt_path: the trained checkpoint; the newest run's best by default.
@@ -78,7 +79,7 @@ def export(
         require("onnx", "onnxscript", "onnxruntime")
     source, split, digits = load_test_digits(checkpoint, data_dir)
     expected = run_eagerly(predictor, digits.images)
-    with replace_whole(output.with_suffix(".json")) as card_part, replace_whole(output) as part:
+    with replace_whole(output.with_name(f"{output.name}.json")) as card_part, replace_whole(output) as part:
         write, load = (write_onnx, load_onnx) if format == "onnx" else (write_pt2, load_pt2)
         write(predictor.model, part)
         comparison = compare(load(part), digits, expected)
@@ -89,6 +90,7 @@ def export(
             "sha256": hashlib.sha256(part.read_bytes()).hexdigest(),
             "input": {INPUT: "uint8 [batch, 1, 28, 28], bright ink on 0, as MNIST has it"},
             "outputs": OUTPUTS,
+            "calibrated": predictor.is_calibrated,  # if not: raw probabilities, and every picture is a digit
             "uncertain_below": round(float(predictor.model.calibration.min_confidence), 6),
             "temperature": round(float(predictor.model.calibration.temperature), 6),
             "data": {"source": source, "split": split, "tested_on": "the last part"},

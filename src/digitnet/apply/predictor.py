@@ -35,13 +35,14 @@ class Predictor:
 
     Args:
         net: the network; it is put into evaluation mode.
-        calibration: what its answers are worth; the default changes nothing.
+        calibration: what its answers are worth; without one, its probabilities are raw and every picture is a digit.
     """
 
     def __init__(self, net: Network, calibration: Calibration | None = None) -> None:
         # float32 also where bfloat16 would be faster: the same image reads the same on every machine.
         net = net.float().to(memory_format=torch.channels_last)
         self.model = CalibratedNet(net, calibration or Calibration()).eval()
+        self.is_calibrated = calibration is not None
 
     @classmethod
     def load(cls, checkpoint: Path | None = None) -> Predictor:
@@ -58,8 +59,9 @@ class Predictor:
         net, stored = load_net(path)
         if "calibration" not in stored:
             log.warning("%s holds no calibration (fit adds it): confidences are raw, and any picture is a digit", path)
+            return cls(net)
         try:
-            return cls(net, Calibration.from_state(stored.get("calibration")))
+            return cls(net, Calibration.from_state(stored["calibration"]))
         except (RuntimeError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: its calibration is of another version of digitnet; fit again") from error
 
