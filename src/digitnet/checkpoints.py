@@ -96,6 +96,13 @@ def read_data_settings(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return found | {"split": list(known["split"])} if isinstance(known.get("split"), (tuple, list)) else found
 
 
+def read_temperature(checkpoint: dict[str, Any]) -> float | None:
+    """What a checkpoint's calibration divides logits by; None where it holds none."""
+    calibration = checkpoint.get("calibration")
+    temperature = calibration.get("temperature") if isinstance(calibration, dict) else None
+    return float(temperature) if isinstance(temperature, Tensor) and temperature.numel() == 1 else None
+
+
 def make_net(checkpoint: dict[str, Any]) -> Network:
     """An untrained network of the kind that a checkpoint's ``state_dict`` holds the weights of."""
     names = [str(name).removeprefix("net.") for name in checkpoint["state_dict"] if str(name).startswith("net.")]

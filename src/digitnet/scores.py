@@ -15,7 +15,7 @@ import yaml
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from digitnet.checkpoints import find_folder, find_run
+from digitnet.checkpoints import find_folder, find_run, read_temperature
 from digitnet.data import find_data
 from digitnet.files import replace_whole
 from digitnet.machine import describe_hardware, list_versions
@@ -88,11 +88,13 @@ class WriteScores(CollectScores):
         if not trainer.is_global_zero:
             return
         assert len(labels) == num_images, f"{len(labels)} images scored of {num_images}"
-        confidence, prediction = logits.softmax(dim=1).max(dim=1)
+        stored = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        temperature = read_temperature(stored)
+        # As predict, serve and export give it.
+        confidence, prediction = (logits / (temperature or 1.0)).softmax(dim=1).max(dim=1)
         num_errors = int((prediction != labels).sum())
         run_dir = find_run(self.checkpoint)
         config = (run_dir / "config.yaml").read_bytes() if run_dir else None
-        stored = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
         metrics = {
             "dataset": data.source,
             "subset": subset,
@@ -104,6 +106,7 @@ class WriteScores(CollectScores):
             "num_errors": num_errors,
             "accuracy": 1 - num_errors / num_images,
             "loss": float(trainer.callback_metrics[f"{subset}/loss"]),
+            "temperature": temperature,  # of the confidences; null: the checkpoint holds no calibration
             "config_sha256": hashlib.sha256(config).hexdigest() if config else None,
             "seed": yaml.safe_load(config).get("seed_everything") if config else None,
             "command": self.command,

@@ -148,7 +148,8 @@ def test_headline_and_tables_are_those_worked_out_by_hand(reported_run: Path) ->
     assert "98.80 % on 250 test images (digits)" in page.text
     assert "95 % interval 96.53 to 99.59 %" in page.text  # Wilson's, of 247 in 250
     # 247 right at 0.99, and one mistake each alone in its bin: (247 * 0.01 + 0.75 + 0.55 + 0.35) / 250
-    assert "Calibration error 1.65 %" in page.text
+    assert "Calibration error 1.65 % ECE, 15 equal-width bins, not calibrated" in page.text
+    assert "tested without a calibration" in page.text
     rows = {row[0]: row[1:] for row in page.rows}
     assert rows["2"] == ["24", "0.9231", "1.0000", "0.9600"]  # precision 24 / 26
     assert rows["5"] == ["26", "1.0000", "0.9615", "0.9804"]  # recall 25 / 26
@@ -159,6 +160,14 @@ def test_headline_and_tables_are_those_worked_out_by_hand(reported_run: Path) ->
     assert rows["Scored on"] == ["a <fast> machine"]
     assert rows["Checkpoint"] == ["best.ckpt, after epoch 2"]
     assert rows["Seed"] == ["7"]
+
+
+def test_calibrated_confidences_are_said_to_be(run: Path) -> None:
+    write_test(run, {}, temperature=1.25)
+    report(run)
+    page = read_page(run)
+    assert "15 equal-width bins, calibrated" in page.text
+    assert "divided by a temperature of 1.250" in page.text
 
 
 def test_every_mistake_and_the_least_sure_images_have_a_card(reported_run: Path) -> None:

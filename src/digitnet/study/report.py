@@ -275,6 +275,7 @@ def build_report(
         num_images=num_images,
         ece=f"{100 * bins.ece:.2f} %",
         num_bins=tallies.NUM_BINS,
+        calibration=_tell_calibration(metrics.get("temperature")),
         facts=_list_facts(metrics, config, history),
         charts={name: embed_png(png) for name, png in charts.items()},
         history=_tell_history(history, best) if history is not None else None,
@@ -318,6 +319,15 @@ def _list_facts(metrics: dict[str, Any], config: dict[str, Any], history: Histor
         "Config SHA-256": metrics.get("config_sha256"),
     }
     return [(name, _tell(value)) for name, value in told.items() if value not in (None, "")]
+
+
+def _tell_calibration(temperature: Any) -> dict[str, str]:
+    """Which confidences these are, in a word and in a sentence."""
+    if not isinstance(temperature, float):  # None, or a test of before it was written down
+        told = "The confidences are the network's own: this checkpoint was tested without a calibration."
+        return {"word": "not calibrated", "text": told}
+    told = f"The confidences are calibrated, as predict's are: logits divided by a temperature of {temperature:.3f}."
+    return {"word": "calibrated", "text": told}
 
 
 def _tell(value: Any) -> str:
