@@ -248,9 +248,20 @@ def test_specks_and_edge_pieces_go_and_a_broken_five_stays_whole() -> None:
     draw.rectangle((0, 0, 4, 199), 0)
     digit = found(dirty)
     np.testing.assert_allclose(digit.image, found(five()).image, atol=2)
-    assert any("dropped" in step for step in digit.steps)
+    assert "4 specks dropped" in digit.steps
+    assert not any("left out" in step for step in digit.steps)
     top = digit.image[: 4 + 3].sum()
     assert top > 255 * 10  # the bar
+
+
+def test_other_digits_are_no_specks() -> None:
+    sheet = Image.new("L", (600, 200), 255)
+    for place in range(3):
+        sheet.paste(five(), (200 * place, 0))
+    ImageDraw.Draw(sheet).ellipse((10, 30, 13, 33), 0)
+    steps = found(sheet).steps
+    assert "1 speck dropped" in steps
+    assert "2 large pieces left out" in steps
 
 
 def test_ruled_lines_go_and_the_strokes_they_cross_stay() -> None:

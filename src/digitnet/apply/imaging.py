@@ -33,6 +33,7 @@ WORK_SIDE, SHEET_SIDE = 384, 1536  # a digit is looked for at this size
 MIN_SIDE = 96  # what is smaller is enlarged first
 MIN_CONTRAST = 12  # grey levels; less is paper
 MIN_SHARE = 0.3  # of how much the shading varies; ink that is fainter everywhere is shading
+LARGE = 0.3  # of the digit's ink: a piece with more of it is no speck
 GAP = 0.15  # of the digit: strokes of one digit are not further apart
 FINE = 4  # strokes are measured and changed at this many times MNIST's resolution
 STROKE_RANGE = (2.1, 4.4)  # pixels of 28; thinner is thickened to the first, thicker thinned to the second
@@ -124,6 +125,8 @@ def normalize(picture: Image.Image, invert: Invert = "auto") -> Digit28 | None:
     found = pick_digit(ink)
     if found is None:
         return None
+    # Other digits, as like as not: a closer look no longer sees them.
+    left_out = (f"{count(found.num_left_out, 'large piece')} left out",) if found.num_left_out else ()
     rows, columns = found.box
     size = max(rows.stop - rows.start, columns.stop - columns.start)
     if factor > 1 and size < 3 * 28:  # small in a large picture: look again, closer
@@ -133,7 +136,7 @@ def normalize(picture: Image.Image, invert: Invert = "auto") -> Digit28 | None:
         ink = find_ink(to_side(crop, WORK_SIDE)[0], invert) or ink
         found = pick_digit(ink) or found
     image, width_step = to_mnist(found.ink)
-    return Digit28(image, (*steps, *ink.steps, *found.steps, *width_step))
+    return Digit28(image, (*steps, *ink.steps, *found.steps, *left_out, *width_step))
 
 
 def flatten(picture: Image.Image) -> Image.Image:
@@ -290,6 +293,7 @@ class Found(NamedTuple):
     ink: np.ndarray
     box: Box
     steps: tuple[str, ...]
+    num_left_out: int = 0  # pieces that are too large for specks
 
 
 def pick_digit(ink: Ink) -> Found | None:
@@ -312,10 +316,11 @@ def pick_digit(ink: Ink) -> Found | None:
         if (near == kept).all():
             break
         kept = near
-    dropped = int(num - kept.sum())
-    if dropped:
-        steps.append(f"{count(dropped, 'speck')} dropped")
-    return cut_out(ink, labels, kept, tuple(steps))
+    num_left = int(num - kept.sum())
+    num_large = int((~kept & (amounts > LARGE * amounts[main])).sum())
+    if num_left > num_large:
+        steps.append(f"{count(num_left - num_large, 'speck')} dropped")
+    return cut_out(ink, labels, kept, tuple(steps))._replace(num_left_out=num_large)
 
 
 def measure_pieces(ink: Ink, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
