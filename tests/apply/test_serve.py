@@ -137,6 +137,9 @@ def test_blank_paper_is_no_digit(client: TestClient) -> None:
 
 def test_healthz_and_openapi(client: TestClient) -> None:
     assert client.get("/healthz").json()["status"] == "ok"
+    assert client.head("/healthz").status_code == 200  # as some load balancers ask
+    opened = client.get("/predict")  # as typed into a browser
+    assert (opened.status_code, opened.headers["allow"]) == (405, "POST")
     described = client.get("/openapi.json").json()
     body = described["paths"]["/predict"]["post"]["requestBody"]["content"]
     assert set(body) == {"image/*", "multipart/form-data", "application/json"}

@@ -175,6 +175,12 @@ def create_app(predictor: Predictor | None = None) -> FastAPI:
             problem = "too many requests wait already; try again in a second"
             raise HTTPException(503, problem, headers={"Retry-After": "1"}) from None
 
+    @app.get("/predict", include_in_schema=False)
+    async def explain() -> None:
+        """Whoever types the address into a browser is told what it is for; the files below would say 404."""
+        raise HTTPException(405, "send a picture with POST; /openapi.json says how", headers={"Allow": "POST"})
+
+    @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz")
     async def healthz() -> Health:
         """Whether the server is there."""
@@ -197,7 +203,7 @@ async def receive_body(request: Request, limit: int, take_bytes: Callable[[int],
         BusyError: from ``take_bytes``.
     """
     close = {"Connection": "close"}
-    too_large = HTTPException(413, f"the body is larger than {limit:,} bytes; send a smaller picture", close)
+    too_large = HTTPException(413, f"the body is larger than {limit:,} bytes; send a smaller one", close)
     hopeless = 8 * limit  # up to here it is received and dropped, as not all clients listen before they have sent all
     if int(request.headers.get("content-length", 0)) > hopeless:
         raise too_large
