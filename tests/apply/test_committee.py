@@ -67,9 +67,9 @@ def test_it_is_exported_like_any_other(digitnet: Run, committee: Path, capsys: p
 def test_a_committee_that_cannot_be_written_is_told_without_advice_on_training(
     digitnet: Run, members: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "folder.ckpt").mkdir()
-    assert digitnet("committee", *members[:2], "--output", "folder.ckpt") == 1
-    assert capsys.readouterr().err == ("digitnet: error: cannot save folder.ckpt (Is a directory); nothing is kept\n")
+    (tmp_path / "file").touch()
+    assert digitnet("committee", *members[:2], "--output", "file/all.ckpt") == 1
+    assert capsys.readouterr().err == "digitnet: error: cannot save file/all.ckpt (File exists); nothing is kept\n"
 
 
 def test_what_makes_no_committee_is_told_in_one_line(
@@ -84,10 +84,11 @@ def test_what_makes_no_committee_is_told_in_one_line(
         (["committee", members[0], committee], "all.ckpt is a committee already; give its members"),
         (["committee", members[0], "other.ckpt"], "other.ckpt was trained on"),
         (["committee", members[0], "none.ckpt"], '"none.ckpt": no such file'),
+        (["committee", *members, "--output", "."], "output is ., which is a folder; give a file"),
         (["fit", "--ckpt_path", committee], "holds weights only"),
     ]:
         capsys.readouterr()
-        assert digitnet(*args, *(["--output", "new.ckpt"] if args[0] == "committee" else [])) == 1
+        assert digitnet(*args, *(["--output", "new.ckpt"] if args[0] == "committee" and "." not in args else [])) == 1
         errors = [text for text in capsys.readouterr().err.splitlines() if text.startswith("digitnet: error: ")]
         assert len(errors) == 1
         assert line in errors[0]

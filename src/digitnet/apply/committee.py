@@ -35,6 +35,8 @@ def committee(checkpoints: list[Path], output: Path = Path("committee.ckpt"), da
     paths = [Path(path) for path in checkpoints]
     if len(paths) < 2:
         raise ValueError(f"a committee needs two checkpoints or more; there is {len(paths)}")
+    if output.is_dir():
+        raise ValueError(f"output is {output}, which is a folder; give a file, such as committee.ckpt")
     loaded = [load_net(path) for path in paths]
     first = loaded[0][1]
     known = read_data_settings(first)
