@@ -30,7 +30,7 @@ def test_writes_each_figure_twice_and_a_page_that_needs_nothing_else(
 ) -> None:
     config, folder = tmp_path / "config.yaml", tmp_path / "new" / "folder"
     config.write_text(DIGITS + AUGMENTATION + "trainer:\n  max_epochs: 3\n")
-    explore(config, folder)
+    explore(config, folder, seed=7)
     names = {"first_digits", "class_counts", "rotation", "shift", "rotation_and_shift", "augmentation", "class_means"}
     expected = {f"{name}.{form}" for name in names for form in ("png", "svg")} | {"index.html"}
     assert {path.name for path in folder.iterdir()} == expected
@@ -42,6 +42,7 @@ def test_writes_each_figure_twice_and_a_page_that_needs_nothing_else(
     assert len(re.findall(r'<img[^>]* alt="[^"]{20,}"', page)) == len(names)
     assert "1,297 to train on, 250 to validate, 250 to test" in page
     assert "RandomAffine(rotation_deg=5.0, shift_frac=0.1, scale_frac=0.0)" in page  # what the config names
+    assert f"python -m digitnet explore --config {config} --folder {folder} --seed 7" in page  # makes it again
     out = capsys.readouterr().out
     assert out == f"{folder / 'index.html'}: 7 figures of digits, each as PNG and SVG\n"
 
