@@ -19,7 +19,7 @@ from conftest import ROOT
 from digitnet.__main__ import run_function
 from digitnet.classifier import DigitClassifier
 from digitnet.study import ablation
-from digitnet.study.ablation import Row, ablate, compare_orders, load_tables, pick_jobs, resolve, tabulate
+from digitnet.study.ablation import Row, ablate, compare_orders, load_tables, load_writeup, pick_jobs, resolve, tabulate
 from digitnet.study.report import load_history
 
 OURS = ROOT / "configs" / "ablations"
@@ -195,6 +195,12 @@ def test_figures_are_means_and_deviations_worked_out_by_hand(configs: Path) -> N
     assert float(first["val_acc_sd"]) == pytest.approx(0.01)
     assert float(first["run_time_s_sd"]) == pytest.approx(math.sqrt(7), rel=1e-5)  # 4 + 1 + 9 over 2
     assert (float(first["writeup_run_time_s"]), second["writeup_run_time_s"]) == (443, "")
+
+
+def test_rows_may_be_named_by_numbers(tmp_path: Path) -> None:
+    (tmp_path / "writeup.csv").write_text("row,val_acc\n0.2,0.9\n0.50,0.8\n")
+    table = load_writeup(tmp_path / "writeup.csv", ["0.2", "0.50"])
+    assert table["val_acc"].to_dict() == {"0.2": 0.9, "0.50": 0.8}
 
 
 def frame(rows: dict[str, tuple[float, float, float]], key: str = "val_acc") -> pd.DataFrame:

@@ -176,7 +176,7 @@ def load_writeup(path: Path, names: list[str]) -> pd.DataFrame:
     if not path.is_file():
         return pd.DataFrame(columns=list(MEASURES))
     try:
-        table = pd.read_csv(path, index_col="row").reindex(columns=list(MEASURES)).astype(float)
+        table = pd.read_csv(path, index_col="row", dtype={"row": str}).reindex(columns=list(MEASURES)).astype(float)
     except ValueError as error:
         raise ValueError(f"{path} is no table of row, {', '.join(MEASURES)}: {error}") from error
     for name in table.index[table.index.duplicated() | ~table.index.isin(names)]:
