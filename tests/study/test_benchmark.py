@@ -47,6 +47,14 @@ def test_a_selection_is_timed_and_a_schedule_that_would_end_too_soon_left_out(di
     assert result["step_ms"]["selection"] > 0.05
 
 
+def test_a_turn_is_at_most_an_epoch(digitnet: Run, tmp_path: Path) -> None:
+    text = QUICKSTART.read_text().replace("[1437, 180, 180]", "[64, 180, 1553]")
+    Path("small.yaml").write_text(text)  # an epoch is two batches of 32
+    assert digitnet("benchmark", "--config", "small.yaml", "--rounds", 1, "--output", "speed.json") == 0
+    result = json.loads((tmp_path / "speed.json").read_text())
+    assert "--steps 2 " in result["command"]
+
+
 def test_a_teacher_is_timed_as_part_of_the_step(digitnet: Run, tmp_path: Path) -> None:
     state = {f"net.{name}": weight for name, weight in DigitNet().state_dict().items()}
     save_checkpoint({"state_dict": state, "pytorch-lightning_version": "2.6.6"}, tmp_path / "teacher.ckpt")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import math
 import resource
 import subprocess
 import sys
@@ -54,7 +55,7 @@ def benchmark(
 
     Args:
         config: a config of fit, whose recipe is timed.
-        steps: training steps of a turn, 188 is a tenth of MNIST's epoch; validation is scaled with them.
+        steps: training steps of a turn, at most an epoch's; 188 is a tenth of MNIST's. Validation is scaled with them.
         rounds: turns that count.
         quick: 20 steps and 2 turns, under half a minute; rough.
         keras_python: the Python of an environment with TensorFlow and Keras; by default this one, if it has them.
@@ -73,6 +74,7 @@ def benchmark(
     with tempfile.TemporaryDirectory() as folder:
         turns = Turns(steps, keras_python, Path(folder))
         cli = time_fit(config, steps, rounds, turns, folder)
+    steps = turns.steps  # of a small data set, fewer
     result = {
         "command": f"python -m digitnet benchmark --config {config.as_posix()} --steps {steps} --rounds {rounds}",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -102,7 +104,8 @@ def time_fit(config: Path, steps: int, rounds: int, turns: Turns, folder: str) -
     class TimedCLI(DigitCLI):
         def instantiate_trainer(self, **settings: Any) -> L.Trainer:
             trainer = super().instantiate_trainer(**settings)
-            trainer.limit_val_batches = count_val_batches(steps, self.datamodule.eval_batch_size)
+            turns.steps = min(steps, math.ceil(self.datamodule.split[0] / self.datamodule.batch_size))
+            trainer.limit_val_batches = count_val_batches(turns.steps, self.datamodule.eval_batch_size)
             # First, so that fit's own clock starts after the others had their turns.
             trainer.callbacks.insert(0, turns)  # type: ignore[attr-defined]
             trainer.callbacks.remove(self.stop)  # type: ignore[attr-defined]  # which would say how to go on
