@@ -68,6 +68,10 @@ def test_the_small_network_learns_and_goes_on_where_it_was() -> None:
         accuracy = (first.proxy(images).argmax(1) == labels).float().mean()
     assert accuracy > 0.8
 
+    other = HardExamples(lr=0.05)
+    other.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert other.optimizer.param_groups[0]["lr"] == 0.05  # as configured now
+
     second = HardExamples()
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     for one in (first, second):

@@ -108,4 +108,6 @@ class HardExamples:
                 "the checkpoint's HardExamples had another small network, that of another version; it can be scored, "
                 "but fit cannot go on from it: train anew"
             ) from error
+        lr = self.optimizer.param_groups[0]["lr"]
         self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.param_groups[0]["lr"] = lr  # as it is configured now, like keep_frac
