@@ -31,18 +31,26 @@ class Snapshots(Callback):
         self.validated = pl_module.net.fc3.weight.detach().clone()
 
 
-def test_average_of_the_weights_by_hand() -> None:
+@pytest.mark.parametrize(
+    ("precision", "tolerance"),
+    [("32-true", {}), ("bf16-true", {"atol": 0, "rtol": 2**-7})],
+    ids=["float32", "bfloat16"],
+)
+def test_average_of_the_weights_by_hand(precision: Any, tolerance: dict[str, float]) -> None:
     snapshots, model = Snapshots(), DigitClassifier()
     trainer = L.Trainer(
         max_epochs=1, limit_train_batches=6, limit_val_batches=1, num_sanity_val_steps=0, accelerator="cpu",
+        precision=precision,
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         callbacks=[AverageWeights(0.75), snapshots],
     )  # fmt: skip
     trainer.fit(model, MNISTDataModule(source="digits", split=(1437, 180, 180)))
     counts = [0.75**age for age in range(6)][::-1]
-    average = sum(count * weights for count, weights in zip(counts, snapshots.steps, strict=True)) / sum(counts)
-    torch.testing.assert_close(snapshots.validated, average)
-    torch.testing.assert_close(model.net.fc3.weight.detach(), average)
+    average = sum(count * weights.double() for count, weights in zip(counts, snapshots.steps, strict=True)) / sum(
+        counts
+    )
+    for found in (snapshots.validated, model.net.fc3.weight.detach()):
+        torch.testing.assert_close(found, average.to(found.dtype), **tolerance)
 
 
 def test_average_goes_on_where_it_was(digitnet: Run, tmp_path: Path) -> None:

@@ -126,6 +126,12 @@ def test_deslanting_leaves_what_leans_nowhere() -> None:
     torch.testing.assert_close(deslant(images.to(torch.bfloat16)), images.to(torch.bfloat16))
 
 
+def test_deslanting_takes_and_gives_any_precision() -> None:
+    images = torch.from_numpy(load_bundled_digits().images[:10])[:, None].double() / 255
+    jitter = torch.full((10, 1), 0.1, dtype=torch.float64)
+    torch.testing.assert_close(deslant(images, jitter), deslant(images.float(), jitter.float()).double())
+
+
 def test_deslanting_is_as_precise_in_mixed_precision() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         digits = torch.from_numpy(load_bundled_digits().images[:100])[:, None].float() / 255

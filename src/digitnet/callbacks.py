@@ -111,6 +111,7 @@ class AverageWeights(WeightAveraging):
 
     def _average(self, averages: list[Tensor], currents: list[Tensor], num_averaged: Tensor | int) -> None:
         total = 1 - self.decay ** (int(num_averaged) + 1)  # of all weights of the average, the newest 1 - decay
+        currents = [current.to(average.dtype) for average, current in zip(averages, currents, strict=True)]
         get_ema_multi_avg_fn(1 - (1 - self.decay) / total)(averages, currents, num_averaged)
 
 
@@ -203,7 +204,9 @@ class PrintEpochs(Callback):
         # This hook comes before the module's own, which logs the training metrics.
         assert isinstance(pl_module, DigitClassifier)
         train = {name: pl_module.get_metric(name).compute() for name in ("train/loss", "train/acc")}
-        values = {**train, **{name: x for name, x in trainer.callback_metrics.items() if name.startswith("val/")}}
+        is_validated = pl_module.validated_epoch == trainer.current_epoch
+        val = {name: x for name, x in trainer.callback_metrics.items() if is_validated and name.startswith("val/")}
+        values = {**train, **val}
         rank_zero_info(f"epoch {trainer.current_epoch}  " + "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
 
 

@@ -319,14 +319,14 @@ def deslant(images: Tensor, jitter: Tensor | None = None) -> Tensor:
     # cannot say well enough where a pixel comes from.
     ink = images.float()[:, 0]  # (B, H, W)
     height, width = ink.shape[1:]
-    rows, columns = (torch.arange(n, device=ink.device) - (n - 1) / 2 for n in (height, width))  # 0 at the middle
+    rows, columns = (torch.arange(n, device=ink.device).float() - (n - 1) / 2 for n in (height, width))  # 0 at middle
     weights = ink / ink.sum(dim=(1, 2), keepdim=True).clamp_min(1e-3)  # (B, H, W), of sum 1
     of_rows, of_columns = weights.sum(dim=2), (weights * columns).sum(dim=2)  # (B, H) each
     row = (of_rows * rows).sum(dim=1, keepdim=True)  # (B, 1), of the centre of mass
     from_row = rows - row  # (B, H)
     spread = (of_rows * from_row.square()).sum(dim=1, keepdim=True).clamp_min(1e-3)
     slant = (of_columns * from_row).sum(dim=1, keepdim=True) / spread  # (B, 1), columns to the right per row down
-    slant = slant.clamp(-MAX_SLANT, MAX_SLANT) - (0 if jitter is None else jitter)
+    slant = slant.clamp(-MAX_SLANT, MAX_SLANT) - (0 if jitter is None else jitter.float())
 
     across = columns + (slant * from_row)[:, :, None]  # (B, H, W), where a pixel comes from
     down = rows[:, None].expand_as(across)
