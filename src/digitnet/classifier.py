@@ -17,10 +17,31 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from digitnet.checkpoints import is_of_architecture, make_net
 from digitnet.distillation import Teacher
+from digitnet.errors import nearest_name
 from digitnet.model import ARCHITECTURES, Network
 from digitnet.selection import HardExamples
 
 Batch = tuple[Tensor, Tensor]
+METRICS = ("train/loss", "train/acc", "val/loss", "val/acc")  # of each epoch
+
+
+def verify_monitor(key: str, monitor: str, mode: str) -> None:
+    """Refuse to watch what is not logged, or for the worst instead of the best.
+
+    Args:
+        key: the setting, such as "early_stopping", for the message.
+        monitor: the metric to watch.
+        mode: "min" or "max", whichever is best.
+
+    Raises:
+        ValueError: there is no such metric, or its best is the other one.
+    """
+    if monitor not in METRICS:
+        near = nearest_name(monitor, METRICS) or f"; there are {', '.join(METRICS)}"
+        raise ValueError(f"{key}.monitor is {monitor}, which is not logged{near}")
+    best = "min" if monitor.endswith("loss") else "max"
+    if mode != best:
+        raise ValueError(f"{key}.mode is {mode}, but the best {monitor} is the {best}imum; give --{key}.mode {best}")
 
 
 class DigitClassifier(L.LightningModule):
@@ -70,6 +91,7 @@ class DigitClassifier(L.LightningModule):
         self.selection = selection
         self.teacher = teacher
         self.channels_last = channels_last
+        self.validated_epoch = -1  # the last one that was
         if architecture not in ARCHITECTURES:
             raise ValueError(f"architecture is {architecture}; there are {', '.join(ARCHITECTURES)}")
         self.net: Network = ARCHITECTURES[architecture](dropout, conv_dropout)
@@ -163,7 +185,7 @@ class DigitClassifier(L.LightningModule):
                 name = str(config.monitor)
                 is_train = name in ("train/loss", "train/acc")
                 value = self.get_metric(name).compute() if is_train else self.trainer.callback_metrics.get(name)
-                if value is not None:
+                if value is not None and (is_train or self.validated_epoch == self.current_epoch):
                     config.scheduler.step(value)
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
@@ -171,6 +193,7 @@ class DigitClassifier(L.LightningModule):
             super().lr_scheduler_step(scheduler, metric)
 
     def on_validation_epoch_end(self) -> None:
+        self.validated_epoch = -1 if self.trainer.sanity_checking else self.current_epoch
         self._log_epoch("val")
 
     def on_test_epoch_end(self) -> None:
@@ -190,4 +213,6 @@ class DigitClassifier(L.LightningModule):
             settings["interval"] = "step"  # what these two count
         if isinstance(scheduler, ReduceLROnPlateau):
             settings["monitor"] = getattr(scheduler, "monitor", "val/loss")  # Lightning's own class has one
+            verify_monitor("model.lr_scheduler", settings["monitor"], scheduler.mode)
+            settings["strict"] = False  # not every epoch need be validated
         return {"optimizer": optimizer, "lr_scheduler": settings}

@@ -38,6 +38,7 @@ from digitnet.callbacks import (
     StopOnNaN,
     Throughput,
     WholeCheckpointIO,
+    find_keeper,
 )
 from digitnet.checkpoints import (
     FIT_HINT,
@@ -49,16 +50,27 @@ from digitnet.checkpoints import (
     read_data_settings,
     verify_checkpoint,
 )
-from digitnet.classifier import DigitClassifier
+from digitnet.classifier import DigitClassifier, verify_monitor
 from digitnet.data import MNISTDataModule
-from digitnet.errors import OneLineErrors, nearest_name
+from digitnet.errors import OneLineErrors
 from digitnet.guards import claim_folder, explain_failures
 from digitnet.imports import limit_imports
 from digitnet.machine import choose_precision, keep_freed_memory
 from digitnet.pictures import Pictures
 from digitnet.scores import WriteScores
 
-METRICS = ("train/loss", "train/acc", "val/loss", "val/acc")
+# What makes best.ckpt the best epoch's and last.ckpt the last one's.
+FIXED: dict[str, dict[str, Any]] = {
+    "best_checkpoint": {"filename": "best", "save_top_k": 1},
+    "last_checkpoint": {
+        "filename": "last",
+        "save_top_k": 1,
+        "monitor": None,
+        "save_weights_only": False,
+        "save_on_train_epoch_end": True,
+    },
+}
+NOT_OURS = ("dirpath", "save_last", "every_n_train_steps", "train_time_interval", "enable_version_counter")
 AT_LEAST = {"trainer.check_val_every_n_epoch": 1, "trainer.accumulate_grad_batches": 1, "early_stopping.patience": 0}
 
 USAGE = "python -m digitnet {} [--config FILE.yaml] [--flag value ...]"
@@ -142,9 +154,9 @@ class DigitCLI(LightningCLI):
         parser.add_lightning_class_args(Pictures, "pictures")
         parser.add_lightning_class_args(Calibrate, "calibration")
         ours = {"auto_insert_metric_name": False, "enable_version_counter": False}
-        best = {"monitor": "val/acc", "mode": "max", "filename": "best", "save_weights_only": True, **ours}
+        best = {"monitor": "val/acc", "mode": "max", "save_weights_only": True, **ours, **FIXED["best_checkpoint"]}
         # Not ModelCheckpoint's save_last: that one is written only when a best one is.
-        last = {"filename": "last", "save_on_train_epoch_end": True, **ours}
+        last = {**ours, **FIXED["last_checkpoint"]}
         # Not strict: a run cut short by max_steps has no validation accuracy, and should still end well.
         stop = {"monitor": "val/acc", "mode": "max", "patience": 10, "strict": False}
         for key, defaults in (("early_stopping", stop), ("best_checkpoint", best), ("last_checkpoint", last)):
@@ -214,14 +226,15 @@ class DigitCLI(LightningCLI):
             if (value := config.get(key)) is not None and value < at_least:
                 raise ValueError(f"{key} is {value}; it must be at least {at_least}")
         for key in ("early_stopping", "best_checkpoint"):
-            if config[key].monitor not in METRICS:
-                near = nearest_name(config[key].monitor, METRICS) or f"; there are {', '.join(METRICS)}"
-                raise ValueError(f"{key}.monitor is {config[key].monitor}, which is not logged{near}")
-        if (kept := config.best_checkpoint.save_top_k) != 1:  # the second best would replace the best
-            raise ValueError(
-                f"best_checkpoint.save_top_k is {kept}; best.ckpt is of one epoch, so it must be 1. To keep more, add "
-                "a lightning.pytorch.callbacks.ModelCheckpoint to trainer.callbacks"
-            )
+            verify_monitor(key, config[key].monitor, config[key].mode)
+        for key, values in FIXED.items():
+            for name, value in (values | dict.fromkeys(NOT_OURS)).items():
+                if (config[key][name] or None) != (value or None):
+                    raise ValueError(
+                        f"{key}.{name} is {config[key][name]}, and must stay {value}: best.ckpt is the best epoch's, "
+                        "last.ckpt the last one's. To keep others too, add a "
+                        "lightning.pytorch.callbacks.ModelCheckpoint to trainer.callbacks"
+                    )
         if self.run_dir:
             self._go_on_in(self.run_dir, config.trainer.logger)
         if config.trainer.logger is False:
@@ -310,6 +323,12 @@ class DigitCLI(LightningCLI):
                 raise
         if self.trainer.global_step == first_step:
             rank_zero_info("nothing was trained: the limits leave no step, or the run had ended already")
+        best = find_keeper(self.trainer, of_best=True)
+        if best and not best.best_model_path:
+            rank_zero_info(
+                "no epoch was validated, so there is no best.ckpt, and test would take another run's; see "
+                "trainer.check_val_every_n_epoch, max_steps and limit_val_batches"
+            )
 
     def _check_schedule(self, scheduler: Any) -> None:
         """Refuse a schedule of a fixed number of steps that ends before the training; say so if it ends after it."""
@@ -357,6 +376,7 @@ def hide_noise() -> None:
     """Filter out what is not for our users: a summary's remark on bfloat16, the like, and advertisements."""
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # going on with a run
+    warnings.filterwarnings("ignore", message="ReduceLROnPlateau conditioned on .* Skipping learning rate update")
     warnings.filterwarnings("ignore", message="Precision .* is not supported by the model summary")
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", category=FutureWarning)
     warnings.filterwarnings("ignore", message="The number of training batches .* is smaller than the logging interval")

@@ -123,6 +123,10 @@ class MNISTDataModule(L.LightningDataModule):
             DigitDataset(Digits(digits.images[end - size : end], digits.labels[end - size : end]))
             for size, end in zip(self.split, ends, strict=True)
         ]
+        if stage == "fit" and self.augmentation is not None and self.split[0]:
+            from digitnet.augment import preview_augmentation  # torchvision takes a second that a test need not wait
+
+            preview_augmentation(self.augmentation, digits.images[:2], 1, seed=0)  # is it of use at all?
 
     def train_dataloader(self) -> DataLoader[Batch]:
         # Drawn from the seed and the epoch alone, with one process as with many: a resumed run sees the same order.
