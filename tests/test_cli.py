@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,8 @@ import yaml
 from conftest import QUICKSTART, ROOT, SHORT, Run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from digitnet.__main__ import COMMANDS, load_function
+from digitnet.__main__ import COMMANDS, load_function, run_function
+from digitnet.apply.predictor import Predictor
 from digitnet.classifier import DigitClassifier
 from digitnet.data import load_bundled_digits
 
@@ -31,6 +33,8 @@ ONE_CYCLE = (
     "--model.lr_scheduler", "torch.optim.lr_scheduler.OneCycleLR", "--model.lr_scheduler.max_lr", "0.002",
     "--model.lr_scheduler.total_steps", "8",
 )  # fmt: skip
+RESIZE = ("--data.augmentation=torchvision.transforms.v2.Resize", "--data.augmentation.size=14")
+PLATEAU = ("--model.lr_scheduler", "lightning.pytorch.cli.ReduceLROnPlateau")
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))  # those of the ablations have a test of their own
 
 
@@ -142,11 +146,13 @@ def test_test_takes_the_newest_best_checkpoint_and_scores_each_image_once(
     model = DigitClassifier.load_from_checkpoint(run / "checkpoints" / "best.ckpt", weights_only=True).eval()
     with torch.no_grad():
         probabilities = model(torch.from_numpy(images[-180:])[:, None]).softmax(1)
+    readings = Predictor.load(run / "checkpoints" / "best.ckpt").read(images[-180:])
     assert [int(row["index"]) for row in rows] == list(range(1617, 1797))
     assert [int(row["label"]) for row in rows] == labels[-180:].tolist()
     assert [int(row["prediction"]) for row in rows] == probabilities.argmax(1).tolist()
     confidence = torch.tensor([float(row["confidence"]) for row in rows])
-    torch.testing.assert_close(confidence, probabilities.amax(1), atol=1e-4, rtol=0)
+    torch.testing.assert_close(confidence, torch.tensor([one.confidence for one in readings]), atol=1e-4, rtol=0)
+    assert metrics["temperature"] not in (None, 1.0)
     num_errors = sum(row["label"] != row["prediction"] for row in rows)
     assert 0 < num_errors < 180
     assert (metrics["num_images"], metrics["num_errors"]) == (180, num_errors)
@@ -393,6 +399,7 @@ WRONG = [
     (["fit", "--data.batch_size", "0"], 1, "data.batch_size is 0"),
     (["fit", "--data.augmentation.shift_frac", "-0.1"], 1, "shift_frac is -0.1"),
     (["fit", "--data.augmentation.shift", "0.1"], 2, "did you mean shift_frac?"),
+    (["fit", *RESIZE, "--pictures.every_n_epochs", "0"], 1, "into (2, 1, 14, 14); the shape must stay"),
     (["fit", "--data.source", "nowhere.npz"], 1, "nowhere.npz"),
     (["fit", "--trainer.accelerator", "cpu", "--trainer.devices", "-1"], 1, "trainer: `devices` selected with"),
     (["fit", "--model.dropout", "1.5"], 1, "dropout is 1.5"),
@@ -405,7 +412,29 @@ WRONG = [
     ),
     (["fit", "--early_stopping.patience", "-1"], 1, "early_stopping.patience is -1; it must be at least 0"),
     (["fit", "--trainer.check_val_every_n_epoch", "0"], 1, "check_val_every_n_epoch is 0; it must be at least 1"),
-    (["fit", "--best_checkpoint.save_top_k", "3"], 1, "best_checkpoint.save_top_k is 3; best.ckpt is of one epoch, so"),
+    (
+        ["fit", "--early_stopping.monitor", "val/loss"],
+        1,
+        "best val/loss is the minimum; give --early_stopping.mode min",
+    ),
+    (
+        ["fit", "--best_checkpoint.monitor", "val/acc"],
+        1,
+        "best val/acc is the maximum; give --best_checkpoint.mode max",
+    ),
+    (
+        ["fit", *PLATEAU, "--model.lr_scheduler.monitor", "val/los"],
+        1,
+        "model.lr_scheduler.monitor is val/los, which is",
+    ),
+    (["fit", *PLATEAU, "--model.lr_scheduler.monitor", "val/acc"], 1, "maximum; give --model.lr_scheduler.mode max"),
+    (["fit", "--best_checkpoint.save_top_k", "3"], 1, "best_checkpoint.save_top_k is 3, and must stay 1: best.ckpt is"),
+    (["fit", "--best_checkpoint.filename", "mine"], 1, "best_checkpoint.filename is mine, and must stay best: "),
+    (["fit", "--best_checkpoint.save_last", "true"], 1, "best_checkpoint.save_last is True, and must stay None: "),
+    (["fit", "--last_checkpoint.monitor", "val/acc"], 1, "last_checkpoint.monitor is val/acc, and must stay None: "),
+    (["fit", "--last_checkpoint.save_top_k", "0"], 1, "last_checkpoint.save_top_k is 0, and must stay 1: "),
+    (["fit", "--last_checkpoint.save_weights_only", "true"], 1, "save_weights_only is True, and must stay False: "),
+    (["fit", "--last_checkpoint.every_n_train_steps", "3"], 1, "every_n_train_steps is 3, and must stay None: "),
     (["fit", "--trainer.accumulate_grad_batches", "0"], 1, "accumulate_grad_batches is 0; it must be at least 1"),
     (["fit", *ONE_CYCLE, "--trainer.max_epochs", "3"], 1, "for 8 steps, this training has 135; give --model.lr_sch"),
     (["fit", *ONE_CYCLE, "--trainer.max_epochs", "-1"], 1, "this training has inf; give --trainer.max_epochs"),
@@ -442,6 +471,46 @@ def test_bad_input_is_told_in_one_line(
     assert len(errors) == 1
     assert line in errors[0]
     assert set(tmp_path.rglob("*")) == before
+
+
+def test_without_a_validated_epoch_fit_says_that_there_is_no_best_checkpoint(
+    digitnet: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert digitnet("fit", "--config", QUICKSTART, *SHORT, "--trainer.check_val_every_n_epoch", 3) == 0
+    assert not list(tmp_path.rglob("best.ckpt"))
+    assert any(text.startswith("no epoch was validated, so there is no best.ckpt") for text in caplog.messages)
+    caplog.clear()
+    assert digitnet("fit", "--config", QUICKSTART, *SHORT, "--trainer.check_val_every_n_epoch", 2) == 0
+    assert not any("no epoch was validated" in text for text in caplog.messages)
+    first, second = (text for text in caplog.messages if text.startswith("epoch "))
+    assert "val/acc" not in first
+    assert "val/acc" in second
+
+
+def test_files_may_stand_on_both_sides_of_a_flag(digitnet: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    found: dict[str, Any] = {}
+
+    def command(files: list[Path], size: int = 1, json: bool = False) -> None:
+        """Take files.
+
+        Args:
+            files: some.
+            size: a number.
+            json: a switch.
+        """
+        found.update(files=[str(file) for file in files], size=size, json=json)
+
+    for args, files, size, json_ in [
+        (["a", "--size", "2", "b"], ["a", "b"], 2, False),
+        (["--size=2", "a", "--json", "b", "-"], ["a", "b", "-"], 2, True),
+        (["a", "--json", "true", "b"], ["a", "b"], 1, True),
+        (["--json", "--", "--a"], ["--a"], 1, True),
+    ]:
+        run_function(command, "command", args)
+        assert found == {"files": files, "size": size, "json": json_}
+    with pytest.raises(SystemExit):
+        run_function(command, "command", ["a", "--size"])
+    assert "--size: expected one argument" in capsys.readouterr().err
 
 
 def test_test_leaves_a_report_to_open(

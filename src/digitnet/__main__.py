@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -78,6 +79,7 @@ def main(args: list[str] | None = None) -> int:
         near = nearest_name(command, COMMANDS)
         print(f"digitnet: error: no command {command!r}{near} (python -m digitnet --help lists them)", file=sys.stderr)
         return 2
+    code: Any = None
     try:
         function = load_function(COMMANDS[command][0])
         if function.__module__ == "digitnet.cli":
@@ -86,7 +88,10 @@ def main(args: list[str] | None = None) -> int:
                 load_function(FOLLOW_UPS[command])(cli.run_dir)
         else:
             code = run_function(function, command, args[1:])
-            return code if isinstance(code, int) else 0
+        sys.stdout.flush()
+    except BrokenPipeError:  # who read our output has had enough, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or flushing it at the end would fail, too
+        return 128 + 13  # as of a program that SIGPIPE ended
     except (ValueError, OSError) as error:
         if os.environ.get("DIGITNET_DEBUG"):
             raise
@@ -98,7 +103,7 @@ def main(args: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("digitnet: stopped", file=sys.stderr)
         return 130
-    return 0
+    return code if isinstance(code, int) else 0
 
 
 def load_function(place: str) -> Callable[..., Any]:
@@ -152,16 +157,26 @@ def run_function(function: Callable[..., Any], command: str, args: list[str]) ->
         if text.arg_name in lists:
             parser.add_argument(text.arg_name, nargs="+", type=str, help=text.description)
     switches = {f"--{one.name}" for one in parameters if one.annotation == "bool"}
+    loose: list[str] = []  # what has no flag
     typed: list[str] = []
+    is_value = False
     for arg, following in zip_longest(args, args[1:], fillvalue=""):
-        if arg.startswith("--"):
+        if arg.startswith("--") and not is_value:
             name, equals, value = arg.partition("=")
             arg = name.replace("-", "_").replace("__", "--", 1) + equals + value
             if arg in switches and following not in ("true", "false"):
                 arg += "=true"
-        typed.append(arg)
+            is_value = "=" not in arg
+            typed.append(arg)
+        else:
+            # argparse would take what stands in one place only.
+            (loose if lists and not is_value and "--" not in args else typed).append(arg)
+            is_value = False
+    typed = [*loose, *typed]
     return function(**vars(parser.instantiate(parser.parse_args(typed))))
 
 
 if __name__ == "__main__":
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for names with letters that the output's encoding lacks
     sys.exit(main())
