@@ -33,7 +33,6 @@ ONE_CYCLE = (
     "--model.lr_scheduler", "torch.optim.lr_scheduler.OneCycleLR", "--model.lr_scheduler.max_lr", "0.002",
     "--model.lr_scheduler.total_steps", "8",
 )  # fmt: skip
-RESIZE = ("--data.augmentation=torchvision.transforms.v2.Resize", "--data.augmentation.size=14")
 PLATEAU = ("--model.lr_scheduler", "lightning.pytorch.cli.ReduceLROnPlateau")
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))  # those of the ablations have a test of their own
 
@@ -399,7 +398,6 @@ WRONG = [
     (["fit", "--data.batch_size", "0"], 1, "data.batch_size is 0"),
     (["fit", "--data.augmentation.shift_frac", "-0.1"], 1, "shift_frac is -0.1"),
     (["fit", "--data.augmentation.shift", "0.1"], 2, "did you mean shift_frac?"),
-    (["fit", *RESIZE, "--pictures.every_n_epochs", "0"], 1, "into (2, 1, 14, 14); the shape must stay"),
     (["fit", "--data.source", "nowhere.npz"], 1, "nowhere.npz"),
     (["fit", "--trainer.accelerator", "cpu", "--trainer.devices", "-1"], 1, "trainer: `devices` selected with"),
     (["fit", "--model.dropout", "1.5"], 1, "dropout is 1.5"),
@@ -429,12 +427,18 @@ WRONG = [
     ),
     (["fit", *PLATEAU, "--model.lr_scheduler.monitor", "val/acc"], 1, "maximum; give --model.lr_scheduler.mode max"),
     (["fit", "--best_checkpoint.save_top_k", "3"], 1, "best_checkpoint.save_top_k is 3, and must stay 1: best.ckpt is"),
-    (["fit", "--best_checkpoint.filename", "mine"], 1, "best_checkpoint.filename is mine, and must stay best: "),
-    (["fit", "--best_checkpoint.save_last", "true"], 1, "best_checkpoint.save_last is True, and must stay None: "),
-    (["fit", "--last_checkpoint.monitor", "val/acc"], 1, "last_checkpoint.monitor is val/acc, and must stay None: "),
+    (["fit", "--best_checkpoint.filename", "mine"], 1, 'best_checkpoint.filename is "mine", and must stay "best": '),
+    (["fit", "--best_checkpoint.save_last", "true"], 1, "best_checkpoint.save_last is true, and must stay null: "),
+    (["fit", "--last_checkpoint.monitor", "val/acc"], 1, 'last_checkpoint.monitor is "val/acc", and must stay null: '),
     (["fit", "--last_checkpoint.save_top_k", "0"], 1, "last_checkpoint.save_top_k is 0, and must stay 1: "),
-    (["fit", "--last_checkpoint.save_weights_only", "true"], 1, "save_weights_only is True, and must stay False: "),
-    (["fit", "--last_checkpoint.every_n_train_steps", "3"], 1, "every_n_train_steps is 3, and must stay None: "),
+    (["fit", "--last_checkpoint.save_weights_only", "true"], 1, "save_weights_only is true, and must stay false: "),
+    (["fit", "--last_checkpoint.every_n_train_steps", "0"], 1, "every_n_train_steps is 0, and must stay null: "),
+    (["fit", "--best_checkpoint.every_n_epochs", "3"], 1, "every_n_epochs is 3, and must stay null: "),
+    (
+        ["fit", "--best_checkpoint.monitor", "null"],
+        1,
+        "best_checkpoint.monitor is None, which is not logged; there are",
+    ),
     (["fit", "--trainer.accumulate_grad_batches", "0"], 1, "accumulate_grad_batches is 0; it must be at least 1"),
     (["fit", *ONE_CYCLE, "--trainer.max_epochs", "3"], 1, "for 8 steps, this training has 135; give --model.lr_sch"),
     (["fit", *ONE_CYCLE, "--trainer.max_epochs", "-1"], 1, "this training has inf; give --trainer.max_epochs"),
@@ -485,6 +489,17 @@ def test_without_a_validated_epoch_fit_says_that_there_is_no_best_checkpoint(
     first, second = (text for text in caplog.messages if text.startswith("epoch "))
     assert "val/acc" not in first
     assert "val/acc" in second
+    assert digitnet("fit", "--config", QUICKSTART, *SHORT, "--trainer.fast_dev_run", "true") == 0  # keeps nothing
+    assert not any("no epoch was validated" in text for text in caplog.messages)
+
+
+def test_an_augmentation_that_changes_the_shape_is_told_in_one_line(
+    digitnet: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resize = ("--data.augmentation=torchvision.transforms.v2.Resize", "--data.augmentation.size=14")
+    assert digitnet("fit", "--config", QUICKSTART, *SHORT, *resize) == 1  # without the pictures, which would tell first
+    said = "data.augmentation turned images (8, 1, 28, 28) into (8, 1, 14, 14); the shape must stay"
+    assert f"digitnet: error: {said}" in capsys.readouterr().err
 
 
 def test_files_may_stand_on_both_sides_of_a_flag(digitnet: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -504,7 +519,7 @@ def test_files_may_stand_on_both_sides_of_a_flag(digitnet: Run, capsys: pytest.C
         (["a", "--size", "2", "b"], ["a", "b"], 2, False),
         (["--size=2", "a", "--json", "b", "-"], ["a", "b", "-"], 2, True),
         (["a", "--json", "true", "b"], ["a", "b"], 1, True),
-        (["--json", "--", "--a"], ["--a"], 1, True),
+        (["a", "--json", "--", "--b-c"], ["a", "--b-c"], 1, True),
     ]:
         run_function(command, "command", args)
         assert found == {"files": files, "size": size, "json": json_}

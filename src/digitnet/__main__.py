@@ -67,6 +67,8 @@ def main(args: list[str] | None = None) -> int:
     Args:
         args: the command and what follows it; ``sys.argv[1:]`` by default.
     """
+    if args is None and isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # for names with letters that the output's encoding lacks
     args = sys.argv[1:] if args is None else args
     command = args[0] if args else ""
     if command in ("", "-h", "--help", "help"):
@@ -88,10 +90,6 @@ def main(args: list[str] | None = None) -> int:
                 load_function(FOLLOW_UPS[command])(cli.run_dir)
         else:
             code = run_function(function, command, args[1:])
-        sys.stdout.flush()
-    except BrokenPipeError:  # who read our output has had enough, as head does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or flushing it at the end would fail, too
-        return 128 + 13  # as of a program that SIGPIPE ended
     except (ValueError, OSError) as error:
         if os.environ.get("DIGITNET_DEBUG"):
             raise
@@ -157,6 +155,8 @@ def run_function(function: Callable[..., Any], command: str, args: list[str]) ->
         if text.arg_name in lists:
             parser.add_argument(text.arg_name, nargs="+", type=str, help=text.description)
     switches = {f"--{one.name}" for one in parameters if one.annotation == "bool"}
+    end = args.index("--") if lists and "--" in args else len(args)
+    args, rest = args[:end], args[end + 1 :]  # what follows -- has no flags
     loose: list[str] = []  # what has no flag
     typed: list[str] = []
     is_value = False
@@ -170,13 +170,11 @@ def run_function(function: Callable[..., Any], command: str, args: list[str]) ->
             typed.append(arg)
         else:
             # argparse would take what stands in one place only.
-            (loose if lists and not is_value and "--" not in args else typed).append(arg)
+            (loose if lists and not is_value else typed).append(arg)
             is_value = False
-    typed = [*loose, *typed]
+    typed = [*typed, "--", *loose, *rest] if rest else [*loose, *typed]
     return function(**vars(parser.instantiate(parser.parse_args(typed))))
 
 
 if __name__ == "__main__":
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # for names with letters that the output's encoding lacks
     sys.exit(main())

@@ -180,6 +180,14 @@ def interpolation_matrix(length: int) -> Tensor:
     return F.interpolate(nodes, (length, NUM_NODES), mode="bicubic", align_corners=True)[0, 0]
 
 
+def verify_shape(images: Tensor, augmented: Tensor) -> None:
+    """Raise ValueError where augmentation has changed the shape of a batch."""
+    if augmented.shape != images.shape:
+        raise ValueError(
+            f"data.augmentation turned images {tuple(images.shape)} into {tuple(augmented.shape)}; the shape must stay"
+        )
+
+
 def preview_augmentation(augmentation: Augmentation, originals: np.ndarray, num_draws: int, seed: int) -> np.ndarray:
     """Augment each image several times, all in one batch, as in training.
 
@@ -199,10 +207,7 @@ def preview_augmentation(augmentation: Augmentation, originals: np.ndarray, num_
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         augmented = augmentation(batch)
-    if augmented.shape != batch.shape:
-        raise ValueError(
-            f"data.augmentation turned images {tuple(batch.shape)} into {tuple(augmented.shape)}; the shape must stay"
-        )
+    verify_shape(batch, augmented)
     levels = augmented * 255 if augmented.is_floating_point() else augmented
     preview: np.ndarray = levels.numpy().reshape(len(originals), num_draws, 28, 28)
     return preview

@@ -17,31 +17,11 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from digitnet.checkpoints import is_of_architecture, make_net
 from digitnet.distillation import Teacher
-from digitnet.errors import nearest_name
 from digitnet.model import ARCHITECTURES, Network
 from digitnet.selection import HardExamples
 
 Batch = tuple[Tensor, Tensor]
 METRICS = ("train/loss", "train/acc", "val/loss", "val/acc")  # of each epoch
-
-
-def verify_monitor(key: str, monitor: str, mode: str) -> None:
-    """Refuse to watch what is not logged, or for the worst instead of the best.
-
-    Args:
-        key: the setting, such as "early_stopping", for the message.
-        monitor: the metric to watch.
-        mode: "min" or "max", whichever is best.
-
-    Raises:
-        ValueError: there is no such metric, or its best is the other one.
-    """
-    if monitor not in METRICS:
-        near = nearest_name(monitor, METRICS) or f"; there are {', '.join(METRICS)}"
-        raise ValueError(f"{key}.monitor is {monitor}, which is not logged{near}")
-    best = "min" if monitor.endswith("loss") else "max"
-    if mode != best:
-        raise ValueError(f"{key}.mode is {mode}, but the best {monitor} is the {best}imum; give --{key}.mode {best}")
 
 
 class DigitClassifier(L.LightningModule):
@@ -213,6 +193,5 @@ class DigitClassifier(L.LightningModule):
             settings["interval"] = "step"  # what these two count
         if isinstance(scheduler, ReduceLROnPlateau):
             settings["monitor"] = getattr(scheduler, "monitor", "val/loss")  # Lightning's own class has one
-            verify_monitor("model.lr_scheduler", settings["monitor"], scheduler.mode)
-            settings["strict"] = False  # not every epoch need be validated
+            settings["strict"] = settings["monitor"] not in METRICS  # not every epoch need be validated
         return {"optimizer": optimizer, "lr_scheduler": settings}

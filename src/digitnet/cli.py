@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import logging
 import math
 import shlex
@@ -50,9 +51,9 @@ from digitnet.checkpoints import (
     read_data_settings,
     verify_checkpoint,
 )
-from digitnet.classifier import DigitClassifier, verify_monitor
+from digitnet.classifier import METRICS, DigitClassifier
 from digitnet.data import MNISTDataModule
-from digitnet.errors import OneLineErrors
+from digitnet.errors import OneLineErrors, nearest_name
 from digitnet.guards import claim_folder, explain_failures
 from digitnet.imports import limit_imports
 from digitnet.machine import choose_precision, keep_freed_memory
@@ -60,17 +61,17 @@ from digitnet.pictures import Pictures
 from digitnet.scores import WriteScores
 
 # What makes best.ckpt the best epoch's and last.ckpt the last one's.
+FIXED_FOR_BOTH = {
+    "dirpath": None, "save_top_k": 1, "save_last": None, "every_n_epochs": None, "every_n_train_steps": None,
+    "train_time_interval": None, "enable_version_counter": False, "auto_insert_metric_name": False,
+}  # fmt: skip
 FIXED: dict[str, dict[str, Any]] = {
-    "best_checkpoint": {"filename": "best", "save_top_k": 1},
+    "best_checkpoint": {**FIXED_FOR_BOTH, "filename": "best"},
     "last_checkpoint": {
-        "filename": "last",
-        "save_top_k": 1,
-        "monitor": None,
-        "save_weights_only": False,
+        **FIXED_FOR_BOTH, "filename": "last", "monitor": None, "save_weights_only": False,
         "save_on_train_epoch_end": True,
     },
-}
-NOT_OURS = ("dirpath", "save_last", "every_n_train_steps", "train_time_interval", "enable_version_counter")
+}  # fmt: skip
 AT_LEAST = {"trainer.check_val_every_n_epoch": 1, "trainer.accumulate_grad_batches": 1, "early_stopping.patience": 0}
 
 USAGE = "python -m digitnet {} [--config FILE.yaml] [--flag value ...]"
@@ -153,10 +154,8 @@ class DigitCLI(LightningCLI):
         parser.add_lightning_class_args(RunCheckpoint, "last_checkpoint")
         parser.add_lightning_class_args(Pictures, "pictures")
         parser.add_lightning_class_args(Calibrate, "calibration")
-        ours = {"auto_insert_metric_name": False, "enable_version_counter": False}
-        best = {"monitor": "val/acc", "mode": "max", "save_weights_only": True, **ours, **FIXED["best_checkpoint"]}
-        # Not ModelCheckpoint's save_last: that one is written only when a best one is.
-        last = {**ours, **FIXED["last_checkpoint"]}
+        best = {"monitor": "val/acc", "mode": "max", "save_weights_only": True, **FIXED["best_checkpoint"]}
+        last = FIXED["last_checkpoint"]  # not ModelCheckpoint's save_last: that is written only when a best one is
         # Not strict: a run cut short by max_steps has no validation accuracy, and should still end well.
         stop = {"monitor": "val/acc", "mode": "max", "patience": 10, "strict": False}
         for key, defaults in (("early_stopping", stop), ("best_checkpoint", best), ("last_checkpoint", last)):
@@ -227,12 +226,19 @@ class DigitCLI(LightningCLI):
                 raise ValueError(f"{key} is {value}; it must be at least {at_least}")
         for key in ("early_stopping", "best_checkpoint"):
             verify_monitor(key, config[key].monitor, config[key].mode)
+        for key, name in (
+            ("early_stopping", "check_on_train_epoch_end"),
+            ("best_checkpoint", "save_on_train_epoch_end"),
+        ):
+            if config[key].monitor.startswith("train/"):
+                config[key][name] = True  # Lightning may look before the epoch's figure is there
         for key, values in FIXED.items():
-            for name, value in (values | dict.fromkeys(NOT_OURS)).items():
-                if (config[key][name] or None) != (value or None):
+            for name, value in values.items():
+                if config[key][name] != value:
+                    given, needed = (json.dumps(each, default=str) for each in (config[key][name], value))
                     raise ValueError(
-                        f"{key}.{name} is {config[key][name]}, and must stay {value}: best.ckpt is the best epoch's, "
-                        "last.ckpt the last one's. To keep others too, add a "
+                        f"{key}.{name} is {given}, and must stay {needed}: best.ckpt is the best epoch's, last.ckpt "
+                        "the last one's, in the run's folder. To keep others too, add a "
                         "lightning.pytorch.callbacks.ModelCheckpoint to trainer.callbacks"
                     )
         if self.run_dir:
@@ -296,7 +302,10 @@ class DigitCLI(LightningCLI):
         except Exception as error:  # any optimizer, any argument: learning rate null is a TypeError
             raise ValueError(f"model.optimizer or model.lr_scheduler: {error}") from error
         if isinstance(optimization, dict):
-            self._check_schedule(optimization["lr_scheduler"]["scheduler"])
+            schedule = optimization["lr_scheduler"]
+            self._check_schedule(schedule["scheduler"])
+            if "monitor" in schedule and not self.checkpoint:  # going on keeps the run's, right or wrong
+                verify_monitor("model.lr_scheduler", schedule["monitor"], schedule["scheduler"].mode)
         first_step = 0
         if self.checkpoint:
             stored = verify_checkpoint(self.checkpoint)
@@ -324,7 +333,7 @@ class DigitCLI(LightningCLI):
         if self.trainer.global_step == first_step:
             rank_zero_info("nothing was trained: the limits leave no step, or the run had ended already")
         best = find_keeper(self.trainer, of_best=True)
-        if best and not best.best_model_path:
+        if best and not best.best_model_path and not self.config["fit"].trainer.fast_dev_run:
             rank_zero_info(
                 "no epoch was validated, so there is no best.ckpt, and test would take another run's; see "
                 "trainer.check_val_every_n_epoch, max_steps and limit_val_batches"
@@ -359,6 +368,25 @@ class DigitCLI(LightningCLI):
     def test(self, model: DigitClassifier, **kwargs: Any) -> None:
         with explain_failures(self.trainer):
             self.trainer.test(model, **kwargs, verbose=False, weights_only=True)
+
+
+def verify_monitor(key: str, monitor: str | None, mode: str) -> None:
+    """Refuse to watch what is not logged, or for the worst instead of the best.
+
+    Args:
+        key: the setting, such as "early_stopping", for the message.
+        monitor: the metric to watch.
+        mode: "min" or "max", whichever is best.
+
+    Raises:
+        ValueError: there is no such metric, or its best is the other one.
+    """
+    if monitor not in METRICS:
+        near = nearest_name(str(monitor), METRICS) or f"; there are {', '.join(METRICS)}"
+        raise ValueError(f"{key}.monitor is {monitor}, which is not logged{near}")
+    best = "min" if monitor.endswith("loss") else "max"
+    if mode != best:
+        raise ValueError(f"{key}.mode is {mode}, but the best {monitor} is the {best}imum; give --{key}.mode {best}")
 
 
 def prepare_process() -> None:

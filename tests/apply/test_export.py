@@ -40,7 +40,7 @@ def test_the_exported_file_reads_as_the_checkpoint_does(
     assert "180 test images: the same digits" in capsys.readouterr().out
     assert sorted(path.name for path in output.parent.iterdir()) == [f"net.{format}", f"net.{format}.json"]
     card = json.loads(output.with_name(f"net.{format}.json").read_text())
-    assert card["calibrated"] is True
+    assert "calibrated" in card["outputs"]["probabilities"].split(", ")
     assert card["sha256"] == hashlib.sha256(output.read_bytes()).hexdigest()
     assert (card["data"]["source"], card["test"]["num_images"]) == ("digits", 180)
 
@@ -86,9 +86,9 @@ def test_the_card_of_a_checkpoint_without_calibration_claims_none(
 ) -> None:
     checkpoint = trained_run / "checkpoints" / "last.ckpt"
     assert digitnet("export", "--ckpt_path", checkpoint, "--format", "pt2", "--output", tmp_path / "last.pt2") == 0
-    card = (tmp_path / "last.pt2.json").read_text()
-    assert json.loads(card)["calibrated"] is False
-    assert card.count("calibrated") == 1
+    outputs = json.loads((tmp_path / "last.pt2.json").read_text())["outputs"]
+    assert "not calibrated" in outputs["probabilities"]
+    assert outputs["is_digit"] == "bool [batch], always true"
 
 
 @pytest.mark.parametrize("output", ["model.json", "model.txt", "folder.pt2"])

@@ -28,9 +28,14 @@ from digitnet.machine import list_versions
 TOLERANCE = 1e-4  # between the logits of the checkpoint and of the exported file
 INPUT = "images"
 OUTPUTS = {
-    "probabilities": "float32 [batch, 10], of the digits 0 to 9",
+    "probabilities": "float32 [batch, 10], calibrated, of the digits 0 to 9",
     "logits": "float32 [batch, 10], before calibration",
     "is_digit": "bool [batch], false where the picture looks like no digit at all",
+}
+OUTPUTS_UNCALIBRATED = {
+    "probabilities": "float32 [batch, 10], not calibrated, of the digits 0 to 9",
+    "logits": "float32 [batch, 10]",
+    "is_digit": "bool [batch], always true",
 }
 Run = Callable[[np.ndarray], dict[str, np.ndarray]]
 
@@ -89,8 +94,7 @@ def export(
             "format": format,
             "sha256": hashlib.sha256(part.read_bytes()).hexdigest(),
             "input": {INPUT: "uint8 [batch, 1, 28, 28], bright ink on 0, as MNIST has it"},
-            "outputs": OUTPUTS,
-            "calibrated": predictor.is_calibrated,  # if not: raw probabilities, and every picture is a digit
+            "outputs": OUTPUTS if predictor.is_calibrated else OUTPUTS_UNCALIBRATED,
             "uncertain_below": round(float(predictor.model.calibration.min_confidence), 6),
             "temperature": round(float(predictor.model.calibration.temperature), 6),
             "data": {"source": source, "split": split, "tested_on": "the last part"},

@@ -125,7 +125,7 @@ def normalize(picture: Image.Image, invert: Invert = "auto") -> Digit28 | None:
     found = pick_digit(ink)
     if found is None:
         return None
-    # Other digits, as like as not: a closer look no longer sees them.
+    # Probably other digits: the closer look below no longer sees them.
     left_out = (f"{count(found.num_left_out, 'large piece')} left out",) if found.num_left_out else ()
     rows, columns = found.box
     size = max(rows.stop - rows.start, columns.stop - columns.start)

@@ -123,10 +123,6 @@ class MNISTDataModule(L.LightningDataModule):
             DigitDataset(Digits(digits.images[end - size : end], digits.labels[end - size : end]))
             for size, end in zip(self.split, ends, strict=True)
         ]
-        if stage == "fit" and self.augmentation is not None and self.split[0]:
-            from digitnet.augment import preview_augmentation  # torchvision takes a second that a test need not wait
-
-            preview_augmentation(self.augmentation, digits.images[:2], 1, seed=0)  # is it of use at all?
 
     def train_dataloader(self) -> DataLoader[Batch]:
         # Drawn from the seed and the epoch alone, with one process as with many: a resumed run sees the same order.
@@ -164,5 +160,9 @@ class MNISTDataModule(L.LightningDataModule):
             return batch
         if isinstance(batch, Tensor):  # a module's example_input_array comes this way too, while the Trainer starts
             return batch
+        from digitnet.augment import verify_shape  # torchvision takes a second that other commands need not wait for
+
         images, labels = batch
-        return self.augmentation(images), labels
+        augmented = self.augmentation(images)
+        verify_shape(images, augmented)
+        return augmented, labels
