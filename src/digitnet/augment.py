@@ -14,6 +14,8 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from digitnet.errors import to_one_line
+
 Augmentation = Callable[[Tensor], Tensor]
 
 NUM_NODES = 5  # of the lattice that bends an image, along each axis
@@ -180,11 +182,32 @@ def interpolation_matrix(length: int) -> Tensor:
     return F.interpolate(nodes, (length, NUM_NODES), mode="bicubic", align_corners=True)[0, 0]
 
 
-def verify_shape(images: Tensor, augmented: Tensor) -> None:
-    """Raise ValueError where augmentation has changed the shape of a batch."""
-    if augmented.shape != images.shape:
+def verify_augmentation(augmentation: Augmentation, images: Tensor) -> None:
+    """Refuse what training could not use, by a draw for a few images; the generators of the caller are left alone.
+
+    Args:
+        augmentation: from images (B, 1, 28, 28) uint8 to images; uint8, or float32 in [0, 1].
+        images: (B, 1, 28, 28) uint8, on the device that will train.
+
+    Raises:
+        ValueError: it fails, or gives another shape, another dtype, or levels on another scale.
+    """
+    devices = [images.device] if images.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices), torch.no_grad():
+            augmented = augmentation(images)
+        shape, dtype = tuple(augmented.shape), augmented.dtype
+    except Exception as error:  # any class, any argument
+        raise ValueError(f"data.augmentation fails on uint8 images: {to_one_line(str(error))}") from error
+    if shape != tuple(images.shape):
+        raise ValueError(f"data.augmentation turned images {tuple(images.shape)} into {shape}; the shape must stay")
+    if dtype not in (torch.uint8, torch.float32):
+        raise ValueError(f"data.augmentation gives images of {dtype}; they must be torch.uint8 or torch.float32")
+    low, high = augmented.min().item(), augmented.max().item()
+    if dtype == torch.float32 and not (low > -0.5 and high < 1.5):  # bicubic filters overshoot
         raise ValueError(
-            f"data.augmentation turned images {tuple(images.shape)} into {tuple(augmented.shape)}; the shape must stay"
+            f"data.augmentation gives float32 levels from {low:.3g} to {high:.3g}; they must lie in [0, 1], as those "
+            "that are validated do"
         )
 
 
@@ -201,13 +224,13 @@ def preview_augmentation(augmentation: Augmentation, originals: np.ndarray, num_
         (R, D, 28, 28), levels in [0, 255].
 
     Raises:
-        ValueError: images come back in another shape.
+        ValueError: training could not use what comes back.
     """
     batch = torch.from_numpy(originals).repeat_interleave(num_draws, dim=0)[:, None]  # (R * D, 1, 28, 28)
+    verify_augmentation(augmentation, batch[:8])
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         augmented = augmentation(batch)
-    verify_shape(batch, augmented)
     levels = augmented * 255 if augmented.is_floating_point() else augmented
     preview: np.ndarray = levels.numpy().reshape(len(originals), num_draws, 28, 28)
     return preview
