@@ -657,6 +657,18 @@ BAD_FILES: dict[str, tuple[Callable[[Path, Digits], Path], str]] = {
         lambda tmp, few: save_npz(tmp / "few.npz", images=few.images, labels=few.labels.astype(str)),
         "labels that are not whole numbers from 0 to 9",
     ),
+    "pixels of 0 and 1": (
+        lambda tmp, few: save_npz(tmp / "few.npz", images=few.images // 255, labels=few.labels),
+        "pixels of 0 and 1 alone; expected levels from 0 to 255",
+    ),
+    "arff of classes first": (
+        lambda tmp, few: save_arff(tmp / "few.arff", few, "@attribute y {0,1}\n@attribute p1 integer\n"),
+        "its class is not its last attribute",
+    ),
+    "arff with the class first": (
+        lambda tmp, few: save_arff(tmp / "few.arff", few, "@ATTRIBUTE 'class' INTEGER\n@ATTRIBUTE p1 INTEGER\n"),
+        "its class is not its last attribute",
+    ),
     "arff without data": (lambda tmp, few: save_arff(tmp / "few.arff", few, data=""), "it has no @DATA line"),
     "arff of 256": (
         lambda tmp, few: save_arff(tmp / "few.arff", few, data="@DATA\n" + "256," * 784 + "1\n"),

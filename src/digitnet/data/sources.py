@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import logging
 import math
+import re
 import socket
 import tempfile
 import time
@@ -221,6 +222,8 @@ def _check_digits(images: np.ndarray, labels: np.ndarray) -> Digits:
     for name, array, top in (("pixels", images, 255), ("labels", labels, 9)):
         if array.dtype.kind not in "uif" or not (array.min() >= 0 and array.max() <= top and (array % 1 == 0).all()):
             raise ValueError(f"it holds {name} that are not whole numbers from 0 to {top}")
+    if images.max() == 1:
+        raise ValueError("it holds pixels of 0 and 1 alone; expected levels from 0 to 255, so multiply them by 255")
     return Digits(np.ascontiguousarray(images, np.uint8).reshape(-1, 28, 28), labels.astype(np.uint8))
 
 
@@ -265,8 +268,16 @@ def _read_arff(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt", encoding="utf-8") as file:
-        if not any(line.strip().lower() == "@data" for line in file):
+        attributes = []
+        for line in map(str.strip, file):
+            if line.lower() == "@data":
+                break
+            if line.lower().startswith("@attribute"):
+                attributes.append(line)
+        else:
             raise ValueError("it has no @DATA line")
+        if any(re.search(r"\{|^@attribute\s+\W?(class|label)\b", line, re.IGNORECASE) for line in attributes[:-1]):
+            raise ValueError("its class is not its last attribute; expected 784 pixels, then the class")
         # Not as uint8: some versions of pandas make a 0 of 256.
         table = pd.read_csv(file, header=None, comment="%", dtype=np.float32).to_numpy()
     if not ((table >= 0) & (table <= 255) & (table % 1 == 0)).all():
