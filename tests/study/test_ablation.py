@@ -19,7 +19,17 @@ from conftest import ROOT
 from digitnet.__main__ import run_function
 from digitnet.classifier import DigitClassifier
 from digitnet.study import ablation
-from digitnet.study.ablation import Row, ablate, compare_orders, load_tables, load_writeup, pick_jobs, resolve, tabulate
+from digitnet.study.ablation import (
+    Row,
+    ablate,
+    compare_orders,
+    load_row,
+    load_tables,
+    load_writeup,
+    pick_jobs,
+    resolve,
+    tabulate,
+)
 from digitnet.study.report import load_history
 
 OURS = ROOT / "configs" / "ablations"
@@ -145,6 +155,24 @@ def test_a_changed_config_is_trained_again(configs: Path, trained: list[tuple[st
     assert trained[5:] == [("fc 0.5", 42), ("none", 42)]
 
 
+def test_another_teacher_is_another_recipe(configs: Path, tmp_path: Path) -> None:
+    config = configs / "dropout" / "none.yaml"
+    before = load_row(config).digest
+    teacher = tmp_path / "teacher.ckpt"
+    config.write_text(f"model:\n  teacher: {{class_path: digitnet.Teacher, init_args: {{checkpoint: {teacher}}}}}\n")
+    digests = [before, load_row(config).digest]
+    for content in (b"one", b"other"):
+        teacher.write_bytes(content)
+        digests.append(load_row(config).digest)
+    assert len(set(digests)) == 4
+
+
+def test_a_row_whose_last_epoch_is_not_validated_is_refused(configs: Path) -> None:
+    (configs / "dropout" / "base.yaml").write_text(BASE.format(epochs=3) + "  check_val_every_n_epoch: 2\n")
+    with pytest.raises(ValueError, match="has no validation accuracy of its last epoch"):
+        ablate(configs, output=Path("out"))
+
+
 def test_a_failing_row_does_not_spoil_the_others(configs: Path) -> None:
     (configs / "dropout" / "fc_0.5.yaml").write_text("model:\n  dropout: 1.5\n")
     with pytest.raises(
@@ -195,6 +223,14 @@ def test_figures_are_means_and_deviations_worked_out_by_hand(configs: Path) -> N
     assert float(first["val_acc_sd"]) == pytest.approx(0.01)
     assert float(first["run_time_s_sd"]) == pytest.approx(math.sqrt(7), rel=1e-5)  # 4 + 1 + 9 over 2
     assert (float(first["writeup_run_time_s"]), second["writeup_run_time_s"]) == (443, "")
+
+
+def test_a_run_that_was_copied_twice_counts_once(configs: Path) -> None:
+    [table] = load_tables(configs)
+    write_result(Path("out"), table.rows[0], 42, 0.98, 0.99, 60)
+    shutil.copytree(next(Path("out").glob("any-*")), Path("out/again"))
+    ablate(configs, seeds=0, output=Path("out"))
+    assert "| 1 | 0.9800 | 0.9900 |" in Path("out/dropout.md").read_text()
 
 
 def test_rows_may_be_named_by_numbers(tmp_path: Path) -> None:

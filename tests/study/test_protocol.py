@@ -164,16 +164,20 @@ def test_a_hold_out_of_the_training_images_is_scored_in_place_of_the_test_images
 
 
 @pytest.mark.parametrize(
-    ("schedule", "flags"),
+    ("schedule", "accumulated", "flags"),
     [
-        (None, []),
-        ({"class_path": "ExponentialLR", "init_args": {"gamma": 0.9}}, []),
-        ({"class_path": "OneCycleLR", "init_args": {"epochs": 3, "steps_per_epoch": 9}}, ["steps_per_epoch=4"]),
-        ({"class_path": "OneCycleLR", "init_args": {"total_steps": 27}}, ["total_steps=12"]),
+        (None, 1, []),
+        ({"class_path": "ExponentialLR", "init_args": {"gamma": 0.9}}, 1, []),
+        ({"class_path": "OneCycleLR", "init_args": {"epochs": 3, "steps_per_epoch": 9}}, 1, ["steps_per_epoch=4"]),
+        ({"class_path": "OneCycleLR", "init_args": {"epochs": 3, "steps_per_epoch": 3}}, 3, ["steps_per_epoch=2"]),
+        ({"class_path": "OneCycleLR", "init_args": {"total_steps": 27}}, 1, ["total_steps=12"]),
     ],
 )
-def test_a_schedule_is_shortened_as_the_training_is(schedule: dict[str, Any] | None, flags: list[str]) -> None:
-    settings = {"model": {"lr_scheduler": schedule}, "data": {"batch_size": 30}, "trainer": {"max_epochs": 3}}
+def test_a_schedule_is_shortened_as_the_training_is(
+    schedule: dict[str, Any] | None, accumulated: int, flags: list[str]
+) -> None:
+    trainer = {"max_epochs": 3, "accumulate_grad_batches": accumulated}
+    settings = {"model": {"lr_scheduler": schedule}, "data": {"batch_size": 30}, "trainer": trainer}
     assert shorten_schedule(settings, 100) == [f"--model.lr_scheduler.{flag}" for flag in flags]
 
 
@@ -193,6 +197,26 @@ def test_a_run_that_ended_early_is_refused(
     assert digitnet("protocol", "mine.yaml", "--seeds", 1) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert "ended after 2 of 3 epochs; its figure is not fixed" in error
+
+
+def test_a_config_that_changes_between_seeds_is_refused(
+    digitnet: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "mine.yaml"
+    config.write_text(CONFIG)
+    trained = []
+
+    def train(flags: list[str], seed: int, run: Path, num_epochs: int) -> None:
+        trained.append(seed)
+        config.write_text(CONFIG.replace("batch_size: 64", "batch_size: 32"))
+
+    result = {"seed": 42, "mistakes": [], "mistakes_shifted": [], "train_s": 1.0, "num_parameters": 7, "epochs": 2}
+    result |= {"hardware": "a machine", "versions": {"torch": "2"}, "date": "2026-01-02"}
+    monkeypatch.setattr(module, "train", train)
+    monkeypatch.setattr(module, "score", lambda *_: result)
+    assert digitnet("protocol", "mine.yaml", "--seeds", 2) == 1
+    assert trained == [42]
+    assert "mine.yaml, its base.yaml or its teacher has changed meanwhile" in capsys.readouterr().err
 
 
 def test_a_schedule_without_an_end_is_refused(

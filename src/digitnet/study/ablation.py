@@ -156,9 +156,25 @@ def load_row(path: Path) -> Row:
     """
     base = path.with_name("base.yaml")
     configs = [base, path] if base.is_file() else [path]
-    settings = yaml.safe_dump(reduce(_merge, map(read_config, configs)))  # the keys in order
-    digest = hashlib.sha256(settings.encode()).hexdigest()
-    return Row(path, path.stem.replace("_", " "), tuple(f"--config={config}" for config in configs), digest)
+    settings = reduce(_merge, map(read_config, configs))
+    digest = hashlib.sha256(yaml.safe_dump(settings).encode())  # the keys in order
+    digest.update(_read_teacher(settings))
+    flags = tuple(f"--config={config}" for config in configs)
+    return Row(path, path.stem.replace("_", " "), flags, digest.hexdigest())
+
+
+def _read_teacher(settings: Any) -> bytes:
+    """The checkpoint that a config trains towards, if any: another one under the same name is another recipe."""
+    for key in ("model", "teacher", "init_args", "checkpoint"):
+        settings = settings.get(key) or {} if isinstance(settings, dict) else {}
+    path = Path(settings) if isinstance(settings, str) else None
+    return path.read_bytes() if path and path.is_file() else b""
+
+
+def verify_unchanged(row: Row) -> None:
+    """Raise ValueError where a row's config is no longer what it was when the row was loaded."""
+    if load_row(row.path).digest != row.digest:
+        raise ValueError(f"{row.path}, its base.yaml or its teacher has changed meanwhile; type the command again")
 
 
 def _merge(old: Any, new: Any) -> Any:
@@ -240,8 +256,7 @@ def train(row: Row, seed: int, output: Path) -> Result:
     Raises:
         ValueError, OSError: as ``fit`` does; or the config has changed since the row was loaded.
     """
-    if load_row(row.path).digest != row.digest:
-        raise ValueError(f"{row.path} or its base.yaml has changed meanwhile; type the command again")
+    verify_unchanged(row)
     tag = row.digest[:8]
     run = next(output.glob(f"*-{tag}"), output / f"{row.path.stem}-{tag}") / f"seed_{seed}"
     last = run / "checkpoints" / "last.ckpt"
@@ -257,6 +272,8 @@ def train(row: Row, seed: int, output: Path) -> Result:
     history = load_history(run)
     if history is None:
         raise ValueError(f"{run} has no training and validation accuracy of any epoch")
+    if history.epochs[-1] != trainer.current_epoch:
+        raise ValueError(f"{run} has no validation accuracy of its last epoch, see trainer.check_val_every_n_epoch")
     result = {
         "config": row.path.as_posix(),
         "config_sha256": row.digest,
@@ -292,15 +309,16 @@ def load_results(output: Path) -> list[Result]:
     Raises:
         ValueError: a result is damaged.
     """
-    results = []
+    results: dict[tuple[str, int], Result] = {}  # a run that was copied here twice counts once
     for path in sorted(output.glob("*/seed_*/result.json")):
         try:
             result = json.loads(path.read_text())
             figures = {key: float(result[key]) for key in ("seed", *MEASURES)}
-            results.append({**result, "config_sha256": str(result["config_sha256"]), **figures})
+            digest = str(result["config_sha256"])
+            results[digest, int(figures["seed"])] = {**result, "config_sha256": digest, **figures}
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged; remove it, and the run is trained again") from error
-    return results
+    return list(results.values())
 
 
 # --- the tables -------------------------------------------------------------------------------------------------------

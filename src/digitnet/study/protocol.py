@@ -24,7 +24,7 @@ from digitnet.cli import main
 from digitnet.data import MNISTDataModule
 from digitnet.machine import describe_hardware, list_versions
 from digitnet.model import Network
-from digitnet.study.ablation import FIRST_SEED, load_row, measure_seconds, parse_shard, resolve
+from digitnet.study.ablation import FIRST_SEED, load_row, measure_seconds, parse_shard, resolve, verify_unchanged
 from digitnet.study.page import write_file
 from digitnet.study.report import KNOWN_WRONG
 
@@ -113,6 +113,7 @@ def protocol(
     }
     for seed, run in list(runs.items())[mine]:
         if not (run / "result.json").is_file():
+            verify_unchanged(row)
             print(f"[{seed - FIRST_SEED + 1}/{seeds}] {config.stem}{suffix}, seed {seed}", flush=True)
             train([*flags, f"--data.split={list(split)}"], seed, run, num_epochs)
             result = score(run, seed, num_epochs, module, holdout)
@@ -128,7 +129,8 @@ def protocol(
 def shorten_schedule(settings: dict[str, Any], num_images: int) -> list[str]:
     """Flags of ``fit`` that make a schedule which counts steps end with a training on so many images."""
     given = (settings["model"]["lr_scheduler"] or {}).get("init_args", {})
-    steps = math.ceil(num_images / settings["data"]["batch_size"])
+    batches = math.ceil(num_images / settings["data"]["batch_size"])
+    steps = math.ceil(batches / (settings["trainer"]["accumulate_grad_batches"] or 1))
     lengths = {"steps_per_epoch": steps, "total_steps": steps * settings["trainer"]["max_epochs"]}
     return [f"--model.lr_scheduler.{name}={length}" for name, length in lengths.items() if given.get(name)]
 
