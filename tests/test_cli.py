@@ -33,6 +33,12 @@ ONE_CYCLE = (
     "--model.lr_scheduler", "torch.optim.lr_scheduler.OneCycleLR", "--model.lr_scheduler.max_lr", "0.002",
     "--model.lr_scheduler.total_steps", "8",
 )  # fmt: skip
+RESIZE = ("--data.augmentation=torchvision.transforms.v2.Resize", "--data.augmentation.size=14")
+NORMALIZE = (
+    "--data.augmentation=torchvision.transforms.v2.Normalize", "--data.augmentation.mean=[0.13]",
+    "--data.augmentation.std=[0.3]",
+)  # fmt: skip
+TO_DTYPE = ("--data.augmentation=torchvision.transforms.v2.ToDtype", "--data.augmentation.dtype")
 PLATEAU = ("--model.lr_scheduler", "lightning.pytorch.cli.ReduceLROnPlateau")
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))  # those of the ablations have a test of their own
 
@@ -398,6 +404,18 @@ WRONG = [
     (["fit", "--data.batch_size", "0"], 1, "data.batch_size is 0"),
     (["fit", "--data.augmentation.shift_frac", "-0.1"], 1, "shift_frac is -0.1"),
     (["fit", "--data.augmentation.shift", "0.1"], 2, "did you mean shift_frac?"),
+    (["fit", *RESIZE], 1, "turned images (8, 1, 28, 28) into (8, 1, 14, 14); the shape must stay"),
+    (["fit", *NORMALIZE], 1, "data.augmentation fails on uint8 images: Input tensor should be a float tensor"),
+    (
+        ["fit", *TO_DTYPE, "torch.float16"],
+        1,
+        "data.augmentation gives images of torch.float16; they must be torch.uint8 or",
+    ),
+    (
+        ["fit", *TO_DTYPE, "torch.float32"],
+        1,
+        "levels from 0 to 255; they must lie in [0, 1], as those that are validated do",
+    ),
     (["fit", "--data.source", "nowhere.npz"], 1, "nowhere.npz"),
     (["fit", "--trainer.accelerator", "cpu", "--trainer.devices", "-1"], 1, "trainer: `devices` selected with"),
     (["fit", "--model.dropout", "1.5"], 1, "dropout is 1.5"),
@@ -493,13 +511,34 @@ def test_without_a_validated_epoch_fit_says_that_there_is_no_best_checkpoint(
     assert not any("no epoch was validated" in text for text in caplog.messages)
 
 
-def test_an_augmentation_that_changes_the_shape_is_told_in_one_line(
-    digitnet: Run, capsys: pytest.CaptureFixture[str]
+def test_images_that_were_trained_on_are_told_of(
+    digitnet: Run, trained_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: Any
 ) -> None:
-    resize = ("--data.augmentation=torchvision.transforms.v2.Resize", "--data.augmentation.size=14")
-    assert digitnet("fit", "--config", QUICKSTART, *SHORT, *resize) == 1  # without the pictures, which would tell first
-    said = "data.augmentation turned images (8, 1, 28, 28) into (8, 1, 14, 14); the shape must stay"
-    assert f"digitnet: error: {said}" in capsys.readouterr().err
+    run = shutil.copytree(trained_run.parents[1], tmp_path / "lightning_logs") / "quickstart" / "version_0"
+    best = run / "checkpoints" / "best.ckpt"
+    for command, split, said in [
+        ("test", [1000, 400, 397], "37 of these 397"),
+        ("validate", [1000, 400, 397], "400 of these 400"),
+        ("test", [1437, 100, 260], ""),
+    ]:
+        caplog.clear()
+        assert digitnet(command, "--ckpt_path", best, "--data.split", split) == 0
+        told = [text for text in caplog.messages if "the checkpoint was trained on" in text]
+        assert [text.startswith(said) for text in told] == ([True] if said else [])
+    flags = ("--data.split", [180, 1437, 180], "--trainer.max_epochs", 3)
+    assert digitnet("fit", "--ckpt_path", "last", *flags) == 1
+    assert (
+        "was trained on 1,257 of the images that it leaves out of training; give [1437, 180" in capsys.readouterr().err
+    )
+
+
+def test_without_a_logger_no_run_replaces_another(digitnet: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("fit", "--config", QUICKSTART, *SHORT, "--trainer.logger", "false")
+    assert digitnet(*flags) == 0
+    before = Path("checkpoints/last.ckpt").read_bytes()
+    assert digitnet(*flags) == 1
+    assert "would replace checkpoints/last.ckpt; move it, or leave the logger in" in capsys.readouterr().err
+    assert Path("checkpoints/last.ckpt").read_bytes() == before
 
 
 def test_files_may_stand_on_both_sides_of_a_flag(digitnet: Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -62,6 +62,18 @@ def test_fit_with_a_teacher_and_test_without_it(digitnet: Run, checkpoint: Path,
     assert digitnet("test") == 0
 
 
+def test_a_teacher_that_knows_the_validation_images_is_refused(
+    digitnet: Run, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stored = torch.load(checkpoint, weights_only=True)
+    stored["datamodule_hyper_parameters"] = {"source": "digits", "split": (1500, 147, 150)}
+    save_checkpoint(stored, checkpoint)
+    teacher = ("--model.teacher=digitnet.Teacher", f"--model.teacher.checkpoint={checkpoint}")
+    assert digitnet("fit", "--config", QUICKSTART, *teacher) == 1
+    said = "data.split is [1437, 180, 180], but model.teacher was trained on 63 of the images that it leaves out"
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("label_frac", [-0.1, 1.1, float("nan")])
 def test_a_share_out_of_range_is_refused(checkpoint: Path, label_frac: float) -> None:
     with pytest.raises(ValueError, match=f"label_frac is {label_frac}"):

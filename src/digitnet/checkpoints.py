@@ -96,6 +96,12 @@ def read_data_settings(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return found | {"split": list(known["split"])} if isinstance(known.get("split"), (tuple, list)) else found
 
 
+def count_trained_on(settings: dict[str, Any], source: str, start: int) -> int:
+    """How many images of a source, from the one at ``start`` on, a checkpoint of these data settings was trained on."""
+    known = settings.get("source") == source and "split" in settings
+    return max(0, settings["split"][0] - start) if known else 0
+
+
 def read_temperature(checkpoint: dict[str, Any]) -> float | None:
     """What a checkpoint's calibration divides logits by; None where it holds none."""
     calibration = checkpoint.get("calibration")

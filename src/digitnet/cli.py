@@ -45,6 +45,7 @@ from digitnet.checkpoints import (
     FIT_HINT,
     LOG_DIR,
     choose_resumable,
+    count_trained_on,
     find_newest,
     find_run,
     is_of_architecture,
@@ -123,6 +124,7 @@ class DigitCLI(LightningCLI):
         self.command = shlex.join(["python", "-m", "digitnet", *args])
         self.checkpoint: Path | None = None
         self.run_dir: Path | None = None  # of the checkpoint, when it lies in a run's folder
+        self.trained_on: dict[str, Any] = {}  # the checkpoint's data
         self.stop = StopCleanly()
         super().__init__(
             DigitClassifier,
@@ -180,13 +182,13 @@ class DigitCLI(LightningCLI):
                 if damage:
                     rank_zero_info(f"{damage}; going on from the one before it")
             stored = verify_checkpoint(self.checkpoint)
-            self.run_dir = find_run(self.checkpoint)
+            self.run_dir, self.trained_on = find_run(self.checkpoint), read_data_settings(stored)
             if self.run_dir:
                 flags = ["--config", str(self.run_dir / "config.yaml"), *flags]
             elif subcommand == "fit" and not typed.config:
                 raise ValueError(f"{self.checkpoint} lies outside a run: give the config it was trained with, --config")
             else:  # it knows what it was trained on, at least
-                known = [f"--data.{name}={value}" for name, value in read_data_settings(stored).items()]
+                known = [f"--data.{name}={value}" for name, value in self.trained_on.items()]
                 flags = [*known, *flags]
             del stored
             rank_zero_info(f"{subcommand}: {self.checkpoint}")
@@ -245,11 +247,17 @@ class DigitCLI(LightningCLI):
             self._go_on_in(self.run_dir, config.trainer.logger)
         if config.trainer.logger is False:
             self.save_config_callback = None  # there is no folder for it
+            kept = Path(config.trainer.default_root_dir or ".", "checkpoints", "last.ckpt")
+            if kept.exists() and not self.checkpoint and not config.trainer.fast_dev_run:
+                raise ValueError(f"without a logger this run would replace {kept}; move it, or leave the logger in")
 
     def _go_on_in(self, run_dir: Path, logger: Any) -> None:
         """Make the logger write into an existing run's folder, where config.yaml will have the settings in force."""
         if not str(getattr(logger, "class_path", "")).endswith("TensorBoardLogger"):
-            raise ValueError(f"going on in {run_dir} needs its TensorBoardLogger; leave --trainer.logger out")
+            raise ValueError(
+                f"going on in {run_dir} takes a run with one logger, TensorBoardLogger; its config.yaml or "
+                "--trainer.logger names another"
+            )
         logger.init_args.save_dir = str(run_dir.parent.parent)
         logger.init_args.name = run_dir.parent.name
         logger.init_args.version = run_dir.name
@@ -295,6 +303,7 @@ class DigitCLI(LightningCLI):
     def fit(self, model: DigitClassifier, **kwargs: Any) -> None:
         # Data, optimizer and log folder first: where one of them is wrong, no half-made run is left behind.
         self.datamodule.setup("fit")
+        self._verify_data(model)
         try:
             optimization = model.configure_optimizers()
         except ValueError:
@@ -339,6 +348,23 @@ class DigitCLI(LightningCLI):
                 "trainer.check_val_every_n_epoch, max_steps and limit_val_batches"
             )
 
+    def _verify_data(self, model: DigitClassifier) -> None:
+        """Refuse to leave out of training what has been trained on, and an augmentation that cannot be trained with."""
+        data = self.datamodule
+        for name, settings in (
+            ("model.teacher", getattr(model.teacher, "data_settings", {})),
+            (str(self.checkpoint), self.trained_on),
+        ):
+            if known := count_trained_on(settings, data.source, data.split[0]):
+                raise ValueError(
+                    f"data.split is {list(data.split)}, but {name} was trained on {known:,} of the images that it "
+                    f"leaves out of training; give {list(settings['split'])}, as {name} had it"
+                )
+        if data.augmentation is not None:
+            from digitnet.augment import verify_augmentation  # torchvision takes a second that others need not wait
+
+            verify_augmentation(data.augmentation, data.datasets[0].images[:8].to(self.trainer.strategy.root_device))
+
     def _check_schedule(self, scheduler: Any) -> None:
         """Refuse a schedule of a fixed number of steps that ends before the training; say so if it ends after it."""
         scheduled = getattr(scheduler, "total_steps", None)  # OneCycleLR's, which counts steps
@@ -362,12 +388,20 @@ class DigitCLI(LightningCLI):
             rank_zero_info(f"{told}: the learning rate will not come to its end")
 
     def validate(self, model: DigitClassifier, **kwargs: Any) -> None:
+        self._tell_of_known_images(self.datamodule.split[0], self.datamodule.split[1])
         with explain_failures(self.trainer):
             self.trainer.validate(model, **kwargs, verbose=False, weights_only=True)
 
     def test(self, model: DigitClassifier, **kwargs: Any) -> None:
+        self._tell_of_known_images(sum(self.datamodule.split[:2]), self.datamodule.split[2])
         with explain_failures(self.trainer):
             self.trainer.test(model, **kwargs, verbose=False, weights_only=True)
+
+    def _tell_of_known_images(self, start: int, num_images: int) -> None:
+        """Say so where some of the images that are scored were trained on."""
+        known = min(num_images, count_trained_on(self.trained_on, self.datamodule.source, start))
+        if known:
+            rank_zero_info(f"{known:,} of these {num_images:,} images the checkpoint was trained on: it knows them")
 
 
 def verify_monitor(key: str, monitor: str | None, mode: str) -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from digitnet.checkpoints import load_net
+from digitnet.checkpoints import load_net, read_data_settings
 
 
 class Teacher:
@@ -32,7 +32,9 @@ class Teacher:
         if not 0 <= label_frac <= 1:
             raise ValueError(f"label_frac is {label_frac}; it is the share of the true label, from 0 to 1")
         self.label_frac = label_frac
-        self.net = load_net(Path(checkpoint))[0].to(memory_format=torch.channels_last)
+        net, stored = load_net(Path(checkpoint))
+        self.net = net.to(memory_format=torch.channels_last)
+        self.data_settings = read_data_settings(stored)  # what it was trained on
 
     @torch.no_grad()
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
