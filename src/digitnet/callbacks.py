@@ -224,7 +224,8 @@ def flatten_settings(settings: dict[str, Any], prefix: str = "") -> dict[str, An
         elif isinstance(value, dict):
             flat |= flatten_settings(value, prefix if key == "init_args" else name)
         elif value is not None:
-            flat[name] = list(value) if isinstance(value, tuple) else value  # which YAML cannot say plainly
+            # Tuples and paths YAML cannot say plainly.
+            flat[name] = list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
     return flat
 
 

@@ -112,7 +112,8 @@ def time_fit(config: Path, steps: int, rounds: int, turns: Turns, folder: str) -
             return trainer
 
     flags = [f"--trainer.max_epochs={rounds + 1}", f"--trainer.limit_train_batches={steps}"]
-    flags += [f"--trainer.logger.save_dir={folder}", "--trainer.devices=1", "--trainer.enable_model_summary=false"]
+    logger = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": folder}}
+    flags += [f"--trainer.logger={json.dumps(logger)}", "--trainer.devices=1", "--trainer.enable_model_summary=false"]
     flags += [f"--early_stopping.patience={rounds + 1}", "--pictures.every_n_epochs=0", "--calibration.num_digits=0"]
     flags += ["--model.lr_scheduler=null"]  # it may be made for fewer steps than are timed
     prepare_process()
