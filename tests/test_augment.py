@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from digitnet.augment import RandomAffine, RandomWarp, affine
+from digitnet.augment import RandomAffine, RandomWarp, affine, verify_augmentation
 from digitnet.data import Digits
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -263,3 +263,12 @@ def test_strength_out_of_range_is_refused(strength: float) -> None:
         RandomAffine(rotation_deg=strength)
     with pytest.raises(ValueError, match=rf"shift_frac is {strength}; .* from 0 to 1"):
         RandomAffine(shift_frac=strength)
+
+
+def test_a_trial_of_an_augmentation_changes_neither_images_nor_draws() -> None:
+    images = torch.full((8, 1, 28, 28), 7, dtype=torch.uint8)
+    before, state = images.clone(), torch.get_rng_state()
+    verify_augmentation(v2.RandomErasing(p=1, value=255, inplace=True), images)
+    verify_augmentation(RandomWarp(), images)
+    assert torch.equal(images, before)
+    assert torch.equal(torch.get_rng_state(), state)

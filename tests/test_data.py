@@ -661,11 +661,11 @@ BAD_FILES: dict[str, tuple[Callable[[Path, Digits], Path], str]] = {
         lambda tmp, few: save_npz(tmp / "few.npz", images=few.images // 255, labels=few.labels),
         "pixels of 0 and 1 alone; expected levels from 0 to 255",
     ),
-    "arff of classes first": (
+    "arff with a nominal attribute first": (
         lambda tmp, few: save_arff(tmp / "few.arff", few, "@attribute y {0,1}\n@attribute p1 integer\n"),
         "its class is not its last attribute",
     ),
-    "arff with the class first": (
+    "arff with an attribute named class first": (
         lambda tmp, few: save_arff(tmp / "few.arff", few, "@ATTRIBUTE 'class' INTEGER\n@ATTRIBUTE p1 INTEGER\n"),
         "its class is not its last attribute",
     ),

@@ -183,7 +183,7 @@ def interpolation_matrix(length: int) -> Tensor:
 
 
 def verify_augmentation(augmentation: Augmentation, images: Tensor) -> None:
-    """Refuse what training could not use, by a draw for a few images; the generators of the caller are left alone.
+    """Refuse what training could not use, by a draw for a few images; torch's generators are left as they were.
 
     Args:
         augmentation: from images (B, 1, 28, 28) uint8 to images; uint8, or float32 in [0, 1].
@@ -195,7 +195,7 @@ def verify_augmentation(augmentation: Augmentation, images: Tensor) -> None:
     devices = [images.device] if images.device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices), torch.no_grad():
-            augmented = augmentation(images)
+            augmented = augmentation(images.clone())  # some work in place
         shape, dtype = tuple(augmented.shape), augmented.dtype
     except Exception as error:  # any class, any argument
         raise ValueError(f"data.augmentation fails on uint8 images: {to_one_line(str(error))}") from error
@@ -204,7 +204,7 @@ def verify_augmentation(augmentation: Augmentation, images: Tensor) -> None:
     if dtype not in (torch.uint8, torch.float32):
         raise ValueError(f"data.augmentation gives images of {dtype}; they must be torch.uint8 or torch.float32")
     low, high = augmented.min().item(), augmented.max().item()
-    if dtype == torch.float32 and not (low > -0.5 and high < 1.5):  # bicubic filters overshoot
+    if dtype == torch.float32 and not (low > -1 and high < 2):  # noise and bicubic filters overshoot
         raise ValueError(
             f"data.augmentation gives float32 levels from {low:.3g} to {high:.3g}; they must lie in [0, 1], as those "
             "that are validated do"

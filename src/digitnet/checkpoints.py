@@ -93,7 +93,10 @@ def read_data_settings(checkpoint: dict[str, Any]) -> dict[str, Any]:
     settings = checkpoint.get("datamodule_hyper_parameters")
     known = settings if isinstance(settings, dict) else {}
     found: dict[str, Any] = {"source": known["source"]} if isinstance(known.get("source"), str) else {}
-    return found | {"split": list(known["split"])} if isinstance(known.get("split"), (tuple, list)) else found
+    split = known.get("split")
+    if isinstance(split, (tuple, list)) and [type(size) for size in split] == [int, int, int]:
+        found["split"] = list(split)
+    return found
 
 
 def count_trained_on(settings: dict[str, Any], source: str, start: int) -> int:

@@ -358,7 +358,7 @@ class DigitCLI(LightningCLI):
             if known := count_trained_on(settings, data.source, data.split[0]):
                 raise ValueError(
                     f"data.split is {list(data.split)}, but {name} was trained on {known:,} of the images that it "
-                    f"leaves out of training; give {list(settings['split'])}, as {name} had it"
+                    f"leaves out of training; give {list(settings['split'])}, as {name} had it, or another"
                 )
         if data.augmentation is not None:
             from digitnet.augment import verify_augmentation  # torchvision takes a second that others need not wait
@@ -401,7 +401,7 @@ class DigitCLI(LightningCLI):
         """Say so where some of the images that are scored were trained on."""
         known = min(num_images, count_trained_on(self.trained_on, self.datamodule.source, start))
         if known:
-            rank_zero_info(f"{known:,} of these {num_images:,} images the checkpoint was trained on: it knows them")
+            rank_zero_info(f"the checkpoint was trained on {known:,} of these {num_images:,} images: it knows them")
 
 
 def verify_monitor(key: str, monitor: str | None, mode: str) -> None:
@@ -417,7 +417,7 @@ def verify_monitor(key: str, monitor: str | None, mode: str) -> None:
     """
     if monitor not in METRICS:
         near = nearest_name(str(monitor), METRICS) or f"; there are {', '.join(METRICS)}"
-        raise ValueError(f"{key}.monitor is {monitor}, which is not logged{near}")
+        raise ValueError(f"{key}.monitor is {'null' if monitor is None else monitor}, which is not logged{near}")
     best = "min" if monitor.endswith("loss") else "max"
     if mode != best:
         raise ValueError(f"{key}.mode is {mode}, but the best {monitor} is the {best}imum; give --{key}.mode {best}")

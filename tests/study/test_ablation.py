@@ -155,11 +155,19 @@ def test_a_changed_config_is_trained_again(configs: Path, trained: list[tuple[st
     assert trained[5:] == [("fc 0.5", 42), ("none", 42)]
 
 
-def test_another_teacher_is_another_recipe(configs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        "{class_path: digitnet.Teacher, init_args: {checkpoint: PATH}}",
+        "{class_path: digitnet.Teacher, dict_kwargs: {checkpoint: PATH}}",
+        "{checkpoint: PATH}",
+    ],
+)
+def test_another_teacher_is_another_recipe(configs: Path, tmp_path: Path, spelling: str) -> None:
     config = configs / "dropout" / "none.yaml"
     before = load_row(config).digest
     teacher = tmp_path / "teacher.ckpt"
-    config.write_text(f"model:\n  teacher: {{class_path: digitnet.Teacher, init_args: {{checkpoint: {teacher}}}}}\n")
+    config.write_text(f"model:\n  teacher: {spelling.replace('PATH', str(teacher))}\n")
     digests = [before, load_row(config).digest]
     for content in (b"one", b"other"):
         teacher.write_bytes(content)

@@ -7,8 +7,8 @@ and either may be missing:
 - ``writeup.csv`` holds the figures to stand beside: columns row, train_acc, val_acc (in [0, 1]) and run_time_s, in the
   order that the table shall have. Cells and columns may be left out.
 
-A finished run leaves a ``result.json``, known by the SHA-256 of its row's settings and by its seed. So a changed config
-is trained anew, and one that stands in two tables is trained once.
+A finished run leaves a ``result.json``, known by the SHA-256 of its row's settings, and of its teacher's file if it has
+one, and by its seed. So a changed config is trained anew, and one that stands in two tables is trained once.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 import yaml
 
-from digitnet.checkpoints import find_run
+from digitnet.checkpoints import find_run, verify_checkpoint
 from digitnet.cli import main
 from digitnet.errors import nearest_name, to_one_line
 from digitnet.machine import describe_hardware, list_versions
@@ -53,7 +53,7 @@ class Row(NamedTuple):
     path: Path
     name: str
     flags: tuple[str, ...]  # for fit: the base and the config
-    digest: str  # SHA-256 of the settings in them
+    digest: str  # SHA-256 of the settings in them, and of the teacher's file
 
 
 class Table(NamedTuple):
@@ -165,9 +165,11 @@ def load_row(path: Path) -> Row:
 
 def _read_teacher(settings: Any) -> bytes:
     """The checkpoint that a config trains towards, if any: another one under the same name is another recipe."""
-    for key in ("model", "teacher", "init_args", "checkpoint"):
-        settings = settings.get(key) or {} if isinstance(settings, dict) else {}
-    path = Path(settings) if isinstance(settings, str) else None
+    for key in ("model", "teacher"):
+        settings = (settings.get(key) if isinstance(settings, dict) else None) or {}
+    given = settings if isinstance(settings, dict) else {}
+    given = {**given, **(given.get("dict_kwargs") or {}), **(given.get("init_args") or {})}  # as a config may have it
+    path = Path(given["checkpoint"]) if isinstance(given.get("checkpoint"), str) else None
     return path.read_bytes() if path and path.is_file() else b""
 
 
@@ -254,7 +256,8 @@ def train(row: Row, seed: int, output: Path) -> Result:
     would make larger batches of the same config. ``shard`` uses them.
 
     Raises:
-        ValueError, OSError: as ``fit`` does; or the config has changed since the row was loaded.
+        ValueError, OSError: as ``fit`` does; or the config has changed since the row was loaded, or the last epoch was
+            not validated.
     """
     verify_unchanged(row)
     tag = row.digest[:8]
@@ -272,7 +275,7 @@ def train(row: Row, seed: int, output: Path) -> Result:
     history = load_history(run)
     if history is None:
         raise ValueError(f"{run} has no training and validation accuracy of any epoch")
-    if history.epochs[-1] != trainer.current_epoch:
+    if history.epochs[-1] != verify_checkpoint(last)["epoch"] + 1:
         raise ValueError(f"{run} has no validation accuracy of its last epoch, see trainer.check_val_every_n_epoch")
     result = {
         "config": row.path.as_posix(),

@@ -89,7 +89,7 @@ def protocol(
         output: where the runs and the table, <config>.md, are kept.
 
     Raises:
-        ValueError: the config cannot be used, stops by itself, or a result is damaged.
+        ValueError: the config cannot be used, stops by itself or changes between seeds, or a result is damaged.
         OSError: there is no such config, or the data cannot be had.
     """
     if seeds < 1:
