@@ -223,26 +223,7 @@ class DigitCLI(LightningCLI):
             # They have done their work; the teacher's file may be gone.
             config.model.teacher = config.model.selection = None
             return
-        for key, at_least in AT_LEAST.items():
-            if (value := config.get(key)) is not None and value < at_least:
-                raise ValueError(f"{key} is {value}; it must be at least {at_least}")
-        for key in ("early_stopping", "best_checkpoint"):
-            verify_monitor(key, config[key].monitor, config[key].mode)
-        for key, name in (
-            ("early_stopping", "check_on_train_epoch_end"),
-            ("best_checkpoint", "save_on_train_epoch_end"),
-        ):
-            if config[key].monitor.startswith("train/"):
-                config[key][name] = True  # Lightning may look before the epoch's figure is there
-        for key, values in FIXED.items():
-            for name, value in values.items():
-                if config[key][name] != value:
-                    given, needed = (json.dumps(each, default=str) for each in (config[key][name], value))
-                    raise ValueError(
-                        f"{key}.{name} is {given}, and must stay {needed}: best.ckpt is the best epoch's, last.ckpt "
-                        "the last one's, in the run's folder. To keep others too, add a "
-                        "lightning.pytorch.callbacks.ModelCheckpoint to trainer.callbacks"
-                    )
+        verify_settings(config)
         if self.run_dir:
             self._go_on_in(self.run_dir, config.trainer.logger)
         if config.trainer.logger is False:
@@ -402,6 +383,36 @@ class DigitCLI(LightningCLI):
         known = min(num_images, count_trained_on(self.trained_on, self.datamodule.source, start))
         if known:
             rank_zero_info(f"the checkpoint was trained on {known:,} of these {num_images:,} images: it knows them")
+
+
+def verify_settings(config: Any) -> None:
+    """Refuse settings of ``fit`` that would train nothing, or make its checkpoints other than they are called.
+
+    Args:
+        config: of fit; where a training metric is watched, it is made to be looked at when it is there.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for key, at_least in AT_LEAST.items():
+        if (value := config.get(key)) is not None and value < at_least:
+            raise ValueError(f"{key} is {value}; it must be at least {at_least}")
+    for key, name in (
+        ("early_stopping", "check_on_train_epoch_end"),
+        ("best_checkpoint", "save_on_train_epoch_end"),
+    ):
+        verify_monitor(key, config[key].monitor, config[key].mode)
+        if config[key].monitor.startswith("train/"):
+            config[key][name] = True  # Lightning may look before the epoch's figure is there
+    for key, values in FIXED.items():
+        for name, value in values.items():
+            if config[key][name] != value:
+                given, needed = (json.dumps(each, default=str) for each in (config[key][name], value))
+                raise ValueError(
+                    f"{key}.{name} is {given}, and must stay {needed}: best.ckpt is the best epoch's, last.ckpt "
+                    "the last one's, in the run's folder. To keep others too, add a "
+                    "lightning.pytorch.callbacks.ModelCheckpoint to trainer.callbacks"
+                )
 
 
 def verify_monitor(key: str, monitor: str | None, mode: str) -> None:
