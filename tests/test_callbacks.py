@@ -7,10 +7,11 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+import yaml
 from conftest import QUICKSTART, SHORT, Run
 from lightning.pytorch.callbacks import Callback
 
-from digitnet.callbacks import AverageWeights
+from digitnet.callbacks import AverageWeights, flatten_settings
 from digitnet.classifier import DigitClassifier
 from digitnet.data import MNISTDataModule
 
@@ -68,6 +69,13 @@ def test_average_goes_on_where_it_was(digitnet: Run, tmp_path: Path) -> None:
     for key in ("state_dict", "current_model_state"):
         assert all(torch.equal(value, found[key][name]) for name, value in expected[key].items())
     assert not torch.equal(found["state_dict"]["net.fc3.weight"], found["current_model_state"]["net.fc3.weight"])
+
+
+def test_settings_for_a_table_can_be_said_in_plain_yaml() -> None:
+    teacher = {"class_path": "digitnet.Teacher", "init_args": {"checkpoint": Path("a.ckpt"), "label_frac": None}}
+    flat = flatten_settings({"teacher": teacher, "split": (1, 2, 3)})
+    assert flat == {"teacher": "Teacher", "teacher/checkpoint": "a.ckpt", "split": [1, 2, 3]}
+    assert yaml.safe_load(yaml.safe_dump(flat)) == flat
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0])

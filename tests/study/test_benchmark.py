@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from conftest import QUICKSTART, Run
 
 from digitnet import DigitNet
@@ -45,6 +46,18 @@ def test_a_selection_is_timed_and_a_schedule_that_would_end_too_soon_left_out(di
     kept = 2 * (2 * CONV1 + 3 * REST) / 4  # of four images, one
     assert kept < result["flop_per_image"] < 1.15 * kept
     assert result["step_ms"]["selection"] > 0.05
+
+
+def test_a_config_with_two_loggers_leaves_no_run_behind(digitnet: Run, tmp_path: Path) -> None:
+    settings = yaml.safe_load(QUICKSTART.read_text())
+    names = ("TensorBoardLogger", "CSVLogger")
+    settings["trainer"]["logger"] = [
+        {"class_path": f"lightning.pytorch.loggers.{name}", "init_args": {"save_dir": "lightning_logs"}}
+        for name in names
+    ]
+    Path("two.yaml").write_text(yaml.safe_dump(settings))
+    assert digitnet("benchmark", "--config", "two.yaml", "--steps", 2, "--rounds", 1) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["two.yaml"]
 
 
 def test_a_turn_is_at_most_an_epoch(digitnet: Run, tmp_path: Path) -> None:
