@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import logging
 import math
 import shlex
@@ -52,28 +51,14 @@ from digitnet.checkpoints import (
     read_data_settings,
     verify_checkpoint,
 )
-from digitnet.classifier import METRICS, DigitClassifier
+from digitnet.classifier import DigitClassifier
 from digitnet.data import MNISTDataModule
-from digitnet.errors import OneLineErrors, nearest_name
-from digitnet.guards import claim_folder, explain_failures
+from digitnet.errors import OneLineErrors
+from digitnet.guards import FIXED, claim_folder, explain_failures, verify_monitor, verify_settings
 from digitnet.imports import limit_imports
 from digitnet.machine import choose_precision, keep_freed_memory
 from digitnet.pictures import Pictures
 from digitnet.scores import WriteScores
-
-# What makes best.ckpt the best epoch's and last.ckpt the last one's.
-FIXED_FOR_BOTH = {
-    "dirpath": None, "save_top_k": 1, "save_last": None, "every_n_epochs": None, "every_n_train_steps": None,
-    "train_time_interval": None, "enable_version_counter": False, "auto_insert_metric_name": False,
-}  # fmt: skip
-FIXED: dict[str, dict[str, Any]] = {
-    "best_checkpoint": {**FIXED_FOR_BOTH, "filename": "best"},
-    "last_checkpoint": {
-        **FIXED_FOR_BOTH, "filename": "last", "monitor": None, "save_weights_only": False,
-        "save_on_train_epoch_end": True,
-    },
-}  # fmt: skip
-AT_LEAST = {"trainer.check_val_every_n_epoch": 1, "trainer.accumulate_grad_batches": 1, "early_stopping.patience": 0}
 
 USAGE = "python -m digitnet {} [--config FILE.yaml] [--flag value ...]"
 DESCRIPTIONS = {
@@ -383,55 +368,6 @@ class DigitCLI(LightningCLI):
         known = min(num_images, count_trained_on(self.trained_on, self.datamodule.source, start))
         if known:
             rank_zero_info(f"the checkpoint was trained on {known:,} of these {num_images:,} images: it knows them")
-
-
-def verify_settings(config: Any) -> None:
-    """Refuse settings of ``fit`` that would train nothing, or make its checkpoints other than they are called.
-
-    Args:
-        config: of fit; where a training metric is watched, it is made to be looked at when it is there.
-
-    Raises:
-        ValueError: there is one.
-    """
-    for key, at_least in AT_LEAST.items():
-        if (value := config.get(key)) is not None and value < at_least:
-            raise ValueError(f"{key} is {value}; it must be at least {at_least}")
-    for key, name in (
-        ("early_stopping", "check_on_train_epoch_end"),
-        ("best_checkpoint", "save_on_train_epoch_end"),
-    ):
-        verify_monitor(key, config[key].monitor, config[key].mode)
-        if config[key].monitor.startswith("train/"):
-            config[key][name] = True  # Lightning may look before the epoch's figure is there
-    for key, values in FIXED.items():
-        for name, value in values.items():
-            if config[key][name] != value:
-                given, needed = (json.dumps(each, default=str) for each in (config[key][name], value))
-                raise ValueError(
-                    f"{key}.{name} is {given}, and must stay {needed}: best.ckpt is the best epoch's, last.ckpt "
-                    "the last one's, in the run's folder. To keep others too, add a "
-                    "lightning.pytorch.callbacks.ModelCheckpoint to trainer.callbacks"
-                )
-
-
-def verify_monitor(key: str, monitor: str | None, mode: str) -> None:
-    """Refuse to watch what is not logged, or for the worst instead of the best.
-
-    Args:
-        key: the setting, such as "early_stopping", for the message.
-        monitor: the metric to watch.
-        mode: "min" or "max", whichever is best.
-
-    Raises:
-        ValueError: there is no such metric, or its best is the other one.
-    """
-    if monitor not in METRICS:
-        near = nearest_name(str(monitor), METRICS) or f"; there are {', '.join(METRICS)}"
-        raise ValueError(f"{key}.monitor is {'null' if monitor is None else monitor}, which is not logged{near}")
-    best = "min" if monitor.endswith("loss") else "max"
-    if mode != best:
-        raise ValueError(f"{key}.mode is {mode}, but the best {monitor} is the {best}imum; give --{key}.mode {best}")
 
 
 def prepare_process() -> None:

@@ -1,17 +1,36 @@
-"""What stands around a run: its folder is one process's own, and what breaks it is told in one line."""
+"""What stands around a run: what would spoil it is refused, its folder is one process's own, what breaks it is told."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
 from filelock import FileLock, Timeout
 from lightning.pytorch.loggers import TensorBoardLogger
+
+from digitnet.classifier import METRICS
+from digitnet.errors import nearest_name
+
+# What makes best.ckpt the best epoch's and last.ckpt the last one's.
+FIXED_FOR_BOTH = {
+    "dirpath": None, "save_top_k": 1, "save_last": None, "every_n_epochs": None, "every_n_train_steps": None,
+    "train_time_interval": None, "enable_version_counter": False, "auto_insert_metric_name": False,
+}  # fmt: skip
+FIXED: dict[str, dict[str, Any]] = {
+    "best_checkpoint": {**FIXED_FOR_BOTH, "filename": "best"},
+    "last_checkpoint": {
+        **FIXED_FOR_BOTH, "filename": "last", "monitor": None, "save_weights_only": False,
+        "save_on_train_epoch_end": True,
+    },
+}  # fmt: skip
+AT_LEAST = {"trainer.check_val_every_n_epoch": 1, "trainer.accumulate_grad_batches": 1, "early_stopping.patience": 0}
 
 
 @contextlib.contextmanager
@@ -86,3 +105,52 @@ def explain_failures(trainer: L.Trainer) -> Iterator[None]:
         # Every five seconds Lightning looks whether a process it started ended badly, and if so kills this one, which
         # now has a line to print or a report to draw.
         getattr(trainer.strategy.launcher, "procs", []).clear()
+
+
+def verify_settings(config: Any) -> None:
+    """Refuse settings of ``fit`` that would train nothing, or make its checkpoints other than they are called.
+
+    Args:
+        config: of fit; where a training metric is watched, it is made to be looked at when it is there.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for key, at_least in AT_LEAST.items():
+        if (value := config.get(key)) is not None and value < at_least:
+            raise ValueError(f"{key} is {value}; it must be at least {at_least}")
+    for key, name in (
+        ("early_stopping", "check_on_train_epoch_end"),
+        ("best_checkpoint", "save_on_train_epoch_end"),
+    ):
+        verify_monitor(key, config[key].monitor, config[key].mode)
+        if config[key].monitor.startswith("train/"):
+            config[key][name] = True  # Lightning may look before the epoch's figure is there
+    for key, values in FIXED.items():
+        for name, value in values.items():
+            if config[key][name] != value:
+                given, needed = (json.dumps(each, default=str) for each in (config[key][name], value))
+                raise ValueError(
+                    f"{key}.{name} is {given}, and must stay {needed}: best.ckpt is the best epoch's, last.ckpt "
+                    "the last one's, in the run's folder. To keep others too, add a "
+                    "lightning.pytorch.callbacks.ModelCheckpoint to trainer.callbacks"
+                )
+
+
+def verify_monitor(key: str, monitor: str | None, mode: str) -> None:
+    """Refuse to watch what is not logged, or for the worst instead of the best.
+
+    Args:
+        key: the setting, such as "early_stopping", for the message.
+        monitor: the metric to watch.
+        mode: "min" or "max", whichever is best.
+
+    Raises:
+        ValueError: there is no such metric, or its best is the other one.
+    """
+    if monitor not in METRICS:
+        near = nearest_name(str(monitor), METRICS) or f"; there are {', '.join(METRICS)}"
+        raise ValueError(f"{key}.monitor is {'null' if monitor is None else monitor}, which is not logged{near}")
+    best = "min" if monitor.endswith("loss") else "max"
+    if mode != best:
+        raise ValueError(f"{key}.mode is {mode}, but the best {monitor} is the {best}imum; give --{key}.mode {best}")
