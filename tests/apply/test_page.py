@@ -179,6 +179,81 @@ def test_on_a_phone_a_finger_draws_and_nothing_scrolls(page: Page) -> None:
     assert page.evaluate("scrollY") == 0
 
 
+@pytest.mark.parametrize("size", [(320, 568), (360, 640), (667, 375), (844, 390)])
+@pytest.mark.parametrize("options", [{"viewport": PHONE, "has_touch": True, "is_mobile": True}])
+def test_small_phones_show_paper_and_answer_without_scrolling_sideways(page: Page, size: tuple[int, int]) -> None:
+    width, height = size
+    page.set_viewport_size({"width": width, "height": height})
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    for name in ("#paper", "#digit"):
+        box = page.locator(name).bounding_box()
+        assert box
+        assert box["x"] + box["width"] <= width
+        assert box["y"] + box["height"] <= height, name
+
+
+def test_a_palm_beside_the_pen_draws_nothing(page: Page) -> None:
+    page.evaluate(
+        """(points) => {
+            const paper = document.querySelector("#paper"), box = paper.getBoundingClientRect();
+            paper.setPointerCapture = () => {};  // there is no such pointer
+            const act = (kind, id, type, [x, y]) => paper.dispatchEvent(new PointerEvent(`pointer${kind}`, {
+                pointerId: id, pointerType: type, isPrimary: true, button: 0, buttons: 1, pressure: 0.5, bubbles: true,
+                cancelable: true, clientX: box.x + x * box.width, clientY: box.y + y * box.height}));
+            act("down", 1, "touch", [0.9, 0.9]);
+            act("down", 2, "pen", points[0]);
+            for (const point of points.slice(1)) {
+                act("move", 1, "touch", [0.1, 0.95]);
+                act("move", 2, "pen", point);
+            }
+            act("up", 1, "touch", [0.1, 0.95]);
+            act("up", 2, "pen", points.at(-1));
+        }""",
+        STROKES[7][0],
+    )
+    expect(page.locator("#digit")).to_have_text("7")
+    page.get_by_role("button", name="Undo").click()  # it was one stroke
+    expect(page.locator("#verdict")).to_have_text("Nothing yet")
+
+
+def test_a_photo_that_is_still_opened_gives_way_to_what_comes_after(page: Page) -> None:
+    page.evaluate(
+        """() => {
+            const open = createImageBitmap;
+            window.createImageBitmap = (file) => new Promise((resolve) => {
+                window.opened = () => resolve(open(file));
+            });
+        }"""
+    )
+    draw(page, STROKES[0])
+    expect(page.locator("#digit")).to_have_text("0")
+    seven = {"name": "seven.png", "mimeType": "image/png", "buffer": png(7)}
+    page.set_input_files("#photo", seven)
+    expect(page.locator("#verdict")).to_have_text("Reading …")
+    expect(page.locator("#digit")).to_have_text("")  # the drawing's answer is not the photo's
+    page.keyboard.press("Escape")
+    page.evaluate("opened()")
+    page.wait_for_timeout(300)
+    expect(page.locator("#verdict")).to_have_text("Nothing yet")
+    page.set_input_files("#photo", seven)
+    page.evaluate("opened()")
+    expect(page.locator("#digit")).to_have_text("7")
+
+
+def test_a_picture_of_a_kind_that_only_the_browser_knows_is_sent_as_one_that_the_server_does(page: Page) -> None:
+    page.evaluate(
+        """() => {
+            const ask = fetch;
+            window.fetch = (url, options) => { window.sent = options.body.type; return ask(url, options); };
+        }"""
+    )
+    for kind, sent in (("png", "image/png"), ("avif", "image/webp")):
+        page.set_input_files("#photo", {"name": "seven", "mimeType": f"image/{kind}", "buffer": png(7)})
+        expect(page.locator("#digit")).to_have_text("7")
+        assert page.evaluate("sent") == sent
+        page.keyboard.press("Escape")
+
+
 def test_an_old_answer_never_follows_a_new_one(page: Page) -> None:
     held: list[Route] = []
     page.route("**/predict*", lambda route: route.continue_() if held else held.append(route))
@@ -206,7 +281,7 @@ def test_uncertainty_and_no_digit_are_said(page: Page) -> None:
         expect(page.locator("#verdict")).to_have_text(words)
         expect(page.locator("#digit")).to_have_text(digit)
         page.unroute("**/predict*")
-    expect(page.locator("#detail")).to_contain_text("or a 9, 41 %")
+    expect(page.locator("#detail")).to_contain_text("or a 9, 41\N{NO-BREAK SPACE}%")
 
 
 @pytest.mark.usefixtures("may_complain")
@@ -215,6 +290,8 @@ def test_problems_are_said_in_words_and_pass(page: Page) -> None:
     expect(page.locator("#verdict")).to_have_text("Not read")
     expect(page.locator("#detail")).to_contain_text("Not a picture")
     page.keyboard.press("Escape")
+    page.set_input_files("#photo", {"name": "nothing.png", "mimeType": "image/png", "buffer": b""})
+    expect(page.locator("#detail")).to_have_text("The file is empty.")
 
     page.route("**/predict*", lambda route: route.abort())
     draw(page, STROKES[7])

@@ -2,7 +2,9 @@
 
 const SIDE = 280; // pixels of the picture that is sent
 const PEN = 0.065; // width of a stroke, as a share of the paper's side
-const MAX_BYTES = 10 * 2 ** 20; // what the server takes
+const SMALL_BYTES = 2 ** 20; // a photo that is sent as it is
+const LOOK_SIDE = 1536; // pixels; the server looks no closer
+const KNOWN = /^image\/(png|jpeg|bmp|webp|tiff|gif)$/; // what the server opens
 const PAUSE_MS = 60; // between two questions
 const RETRY_MS = 1500;
 const SPEAK_MS = 900; // a screen reader speaks when the hand has rested so long
@@ -17,11 +19,14 @@ const wait = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 const BLANK = { photo: null, strokes: [] };
 let sheet = BLANK;
 let past = []; // earlier sheets, for undo
+let edits = 0; // counts what was done to the paper
 let stroke = null; // under the hand
+let hand = null; // the pointer that draws it; another, such as the palm beside a pen, draws nothing
 
 const isBlank = () => !sheet.photo && !sheet.strokes.length && !stroke;
 
 function change(next) {
+  edits += 1;
   past.push(sheet);
   sheet = next;
   show();
@@ -29,12 +34,14 @@ function change(next) {
 
 function undo() {
   if (!past.length || stroke) return;
+  edits += 1;
   sheet = past.pop();
   turnPage();
 }
 
 function clear() {
-  if (isBlank()) return;
+  edits += 1; // also for a photo that is still being opened
+  if (isBlank()) return showEmpty();
   stroke = null;
   change(BLANK);
   turnPage();
@@ -93,6 +100,8 @@ function draw() {
   if (picture) {
     const scale = side / Math.max(picture.width, picture.height);
     const [width, height] = [picture.width * scale, picture.height * scale];
+    pen.fillStyle = "#888"; // where it is transparent, for dark ink and for bright
+    pen.fillRect((side - width) / 2, (side - height) / 2, width, height);
     pen.drawImage(picture, (side - width) / 2, (side - height) / 2, width, height);
   } else if (sheet.photo) {
     pen.fillStyle = text;
@@ -113,7 +122,9 @@ function drawingAsPng() {
   pen.fillRect(0, 0, SIDE, SIDE);
   pen.strokeStyle = "#000";
   drawStrokes(pen, SIDE);
-  return new Promise((resolve) => canvas.toBlob(resolve, "image/png"));
+  // Not toBlob: Chromium waits with that until the page is idle, up to a second, longer on a slow phone.
+  const bytes = atob(canvas.toDataURL("image/png").split(",")[1]);
+  return new Blob([Uint8Array.from(bytes, (byte) => byte.charCodeAt(0))], { type: "image/png" });
 }
 
 function pointAt(event) {
@@ -123,9 +134,12 @@ function pointAt(event) {
 }
 
 paper.addEventListener("pointerdown", (event) => {
-  if (stroke || !event.isPrimary || event.button !== 0) return;
+  if (!event.isPrimary || event.button !== 0) return;
+  if (stroke && (hand.type === "pen" || event.pointerType !== "pen")) return; // a pen takes over from the palm
   event.preventDefault();
+  hand = { id: event.pointerId, type: event.pointerType };
   paper.setPointerCapture(event.pointerId);
+  edits += 1;
   if (sheet.photo) {
     change(BLANK); // a new drawing
     turnPage();
@@ -136,7 +150,7 @@ paper.addEventListener("pointerdown", (event) => {
 });
 
 paper.addEventListener("pointermove", (event) => {
-  if (!stroke || !event.isPrimary) return;
+  if (!stroke || event.pointerId !== hand.id) return;
   const events = event.getCoalescedEvents?.() ?? [];
   stroke.push(...(events.length ? events : [event]).map(pointAt));
   draw();
@@ -145,7 +159,7 @@ paper.addEventListener("pointermove", (event) => {
 
 for (const name of ["pointerup", "pointercancel"]) {
   paper.addEventListener(name, (event) => {
-    if (!stroke || !event.isPrimary) return;
+    if (!stroke || event.pointerId !== hand.id) return;
     const next = { photo: null, strokes: [...sheet.strokes, stroke] };
     stroke = null;
     change(next);
@@ -157,20 +171,28 @@ for (const name of ["pointerup", "pointercancel"]) {
 
 async function place(file) {
   if (!file) return;
+  if (!file.size) return showProblem("The file is empty.");
+  const before = ++edits;
+  reader.forget();
+  showResult("empty", null, "Reading …", "", null);
   const picture = await createImageBitmap(file).catch(() => null); // null: perhaps the server can read it
+  const sent = await shrink(file, picture);
+  if (edits !== before) return; // something else was put on the paper meanwhile
   stroke = null;
-  change({ photo: { file: await shrink(file, picture), picture }, strokes: [] });
+  change({ photo: { file: sent, picture }, strokes: [] });
   turnPage();
 }
 
-/** A photo that is too large for the server, smaller. */
+/** A photo that is large, or of a kind that only the browser knows (AVIF, HEIC), as the server likes it. */
 async function shrink(file, picture) {
-  if (file.size <= MAX_BYTES || !picture) return file;
-  const scale = Math.min(1, 2000 / Math.max(picture.width, picture.height));
+  if (!picture) return file;
+  const side = Math.max(picture.width, picture.height);
+  if (file.size <= SMALL_BYTES && side <= 4096 && KNOWN.test(file.type)) return file;
+  const scale = Math.min(1, LOOK_SIDE / side);
   const canvas = document.createElement("canvas");
-  [canvas.width, canvas.height] = [picture.width * scale, picture.height * scale];
+  [canvas.width, canvas.height] = [picture.width, picture.height].map((pixels) => Math.max(1, Math.round(pixels * scale)));
   canvas.getContext("2d").drawImage(picture, 0, 0, canvas.width, canvas.height);
-  return new Promise((resolve) => canvas.toBlob(resolve, "image/png"));
+  return new Promise((resolve) => canvas.toBlob(resolve, "image/webp", 0.9)); // where it is unknown, a PNG
 }
 
 for (const id of ["photo", "camera"]) {
@@ -227,7 +249,7 @@ const reader = {
 
   async send(signal) {
     const { photo } = sheet;
-    const body = photo ? photo.file : await drawingAsPng();
+    const body = photo ? photo.file : drawingAsPng();
     const headers = { "Content-Type": "application/octet-stream" }; // the server looks for itself
     const url = photo ? "predict" : "predict?invert=yes";
     let response;
@@ -249,9 +271,11 @@ const sentence = (text) => capital(text) + (/[.?!]$/.test(text) ? "" : ".");
 // --- showing the answer ------------------------------------------------------------------------------------------------
 
 function percent(share) {
-  if (share >= 0.9995) return "over 99.9 %";
-  return `${(100 * share).toFixed(share < 0.0995 || share > 0.9895 ? 1 : 0)} %`;
+  if (share >= 0.9995) return "over 99.9\u00a0%";
+  return `${(100 * share).toFixed(share < 0.0995 || share > 0.9895 ? 1 : 0)}\u00a0%`;
 }
+
+const a = (digit) => `${digit === 8 ? "an" : "a"} ${digit}`;
 
 const bars = Array.from({ length: 10 }, (_, digit) => {
   const bar = document.createElement("li");
@@ -279,9 +303,9 @@ function showAnswer({ status, digit, confidence, runner_up, runner_up_confidence
   const words = {
     ok: () => [
       capital(`${percent(confidence)} sure`),
-      runner_up_confidence < 0.001 ? "nothing comes close" : `else a ${runner_up}, ${percent(runner_up_confidence)}`,
+      runner_up_confidence < 0.001 ? "nothing comes close" : `else ${a(runner_up)}, ${percent(runner_up_confidence)}`,
     ],
-    uncertain: () => ["Uncertain", `perhaps a ${digit}, ${percent(confidence)}, or a ${runner_up}, ${percent(runner_up_confidence)}`],
+    uncertain: () => ["Uncertain", `perhaps ${a(digit)}, ${percent(confidence)}, or ${a(runner_up)}, ${percent(runner_up_confidence)}`],
     "no digit": () => ["No digit", "nothing here that looks like one"],
   };
   const [verdict, detail] = words[status]();
@@ -313,7 +337,9 @@ function showSeen(image, steps) {
 let speaking;
 function speak(text) {
   clearTimeout(speaking);
-  speaking = setTimeout(() => ($("spoken").textContent = text), SPEAK_MS);
+  speaking = setTimeout(() => {
+    if ($("spoken").textContent !== text) $("spoken").textContent = text;
+  }, SPEAK_MS);
 }
 
 // --- keys, buttons, sizes, colours -------------------------------------------------------------------------------------
