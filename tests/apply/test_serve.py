@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import http.client
 import io
@@ -38,6 +39,7 @@ from hypothesis import strategies as st
 from digitnet.apply import api, connections
 from digitnet.apply import serve as serve_module
 from digitnet.apply.api import create_app
+from digitnet.apply.batching import Batcher
 from digitnet.apply.imaging import normalize, open_picture
 from digitnet.apply.predictor import Predictor, Reading
 from digitnet.apply.serve import configure, listen
@@ -138,13 +140,14 @@ def test_blank_paper_is_no_digit(client: TestClient) -> None:
 def test_healthz_and_openapi(client: TestClient) -> None:
     assert client.get("/healthz").json()["status"] == "ok"
     assert client.head("/healthz").status_code == 200  # as some load balancers ask
-    opened = client.get("/predict")  # as typed into a browser
-    assert (opened.status_code, opened.headers["allow"]) == (405, "POST")
+    for method in ("GET", "HEAD", "PUT", "DELETE", "OPTIONS"):  # GET: as typed into a browser; PUT: curl -T
+        opened = client.request(method, "/predict")
+        assert (opened.status_code, opened.headers["allow"]) == (405, "POST")
     described = client.get("/openapi.json").json()
     body = described["paths"]["/predict"]["post"]["requestBody"]["content"]
-    assert set(body) == {"image/*", "multipart/form-data", "application/json"}
+    assert set(body) == {"image/*", "application/octet-stream", "multipart/form-data", "application/json"}
     answers = described["paths"]["/predict"]["post"]["responses"]
-    assert {"200", "400", "408", "413", "415", "422", "503"} <= set(answers)
+    assert {"200", "400", "408", "413", "415", "422", "500", "503"} <= set(answers)
     answer = client.post("/predict", content=SEVEN).json()
     assert set(described["components"]["schemas"]["Answer"]["properties"]) == set(answer)
 
@@ -251,6 +254,7 @@ def test_a_failing_network_is_told_and_forgotten(predictor: Predictor) -> None:
         response = client.post("/predict", content=SEVEN)
         assert (response.status_code, list(response.json())) == (500, ["error"])
         assert "secret" not in response.text
+        assert response.headers["x-content-type-options"] == "nosniff"  # as of every other answer
         assert client.post("/predict", content=SEVEN).status_code == 200
 
 
@@ -418,6 +422,38 @@ def test_bytes_that_are_no_http_are_refused(predictor: Predictor, monkeypatch: p
         assert converse(port, elsewhere, bytes(1000), bytes(1000), pause=0.1).startswith(b"HTTP/1.1 405")
 
 
+def test_whoever_waits_for_a_batcher_that_is_left_is_cancelled() -> None:
+    go = threading.Event()
+
+    def read(images: np.ndarray) -> list[int]:
+        assert go.wait(30)
+        return [0] * len(images)
+
+    async def leave() -> list[Any]:
+        async with Batcher(read, max_batch=1) as batcher:
+            waiting = [asyncio.create_task(batcher.read(np.zeros((28, 28), np.uint8))) for _ in range(3)]
+            await asyncio.sleep(0.1)  # one is under way, two are in the queue
+            threading.Timer(0.1, go.set).start()
+        return await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 30)
+
+    assert [type(answer) for answer in asyncio.run(leave())] == [asyncio.CancelledError] * 3
+
+
+def test_an_upload_that_does_not_end_before_the_server_is_told_so(
+    predictor: Predictor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(serve_module, "STOP_SECONDS", 1)
+    with ThreadPoolExecutor() as pool, running(predictor) as (port, server):
+        request = POST + b"Content-Length: %d\r\n\r\n" % len(SEVEN)
+        answer = pool.submit(converse, port, request, SEVEN[:10], pause=0.1)
+        time.sleep(0.5)
+        server.should_exit = True
+        said = answer.result(30)
+    assert said.startswith(b"HTTP/1.1 503")
+    assert b"the server is stopping" in said
+    assert "Traceback" not in caplog.text
+
+
 def test_a_stopped_server_answers_what_is_under_way() -> None:
     slow = SlowPredictor()
     with ThreadPoolExecutor() as pool, running(slow) as (port, server):
@@ -491,6 +527,7 @@ def test_a_port_that_is_taken_is_told_in_one_line(digitnet: Run, capsys: pytest.
     [
         (("--port", 70000), "port is 70000"),
         (("--host", "no.such.host.invalid"), "cannot listen on no.such.host.invalid"),
+        (("--host", "127.0.0..1"), "cannot listen on 127.0.0..1, port 8000: no name of a machine is like this"),
         (("--workers", 0), "workers is 0"),
         (("--port", 0, "--ckpt_path", "nowhere.ckpt"), "nowhere.ckpt"),
         (("--port", 0), "train one first"),
@@ -503,6 +540,14 @@ def test_wrong_flags_are_told_in_one_line(
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+
+
+def test_a_checkpoint_that_the_environment_names_in_vain_is_told_so(
+    digitnet: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIGITNET_CKPT_PATH", "/nope.ckpt")
+    assert digitnet("serve", "--port", 0) == 1
+    assert "error: DIGITNET_CKPT_PATH is /nope.ckpt, and there is no such file" in capsys.readouterr().err
 
 
 def test_missing_packages_are_named(

@@ -97,6 +97,7 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
     413: {"description": f"more than {MAX_BYTES:,} bytes, or too many pixels"},
     415: {"description": "neither a picture, nor a form with one, nor JSON"},
     422: {"description": "no picture that can be read, or no 28 x 28 values"},
+    500: {"description": "a mistake of the server's; its log says which"},
     503: {"description": "too many requests wait already; try again later"},
 }
 PICTURE = {"type": "string", "format": "binary"}
@@ -105,6 +106,7 @@ BODY = {
         "required": True,
         "content": {
             "image/*": {"schema": PICTURE},
+            "application/octet-stream": {"schema": PICTURE},
             FORM: {"schema": {"type": "object", "required": ["file"], "properties": {"file": PICTURE}}},
             JSON: {"schema": Pixels.model_json_schema()},
         },
@@ -175,7 +177,7 @@ def create_app(predictor: Predictor | None = None) -> FastAPI:
             problem = "too many requests wait already; try again in a second"
             raise HTTPException(503, problem, headers={"Retry-After": "1"}) from None
 
-    @app.get("/predict", include_in_schema=False)
+    @app.api_route("/predict", methods=["GET", "HEAD", "PUT", "PATCH", "DELETE", "OPTIONS"], include_in_schema=False)
     async def explain() -> None:
         """Whoever types the address into a browser is told what it is for; the files below would say 404."""
         raise HTTPException(405, "send a picture with POST; /openapi.json says how", headers={"Allow": "POST"})
@@ -199,7 +201,7 @@ async def receive_body(request: Request, limit: int, take_bytes: Callable[[int],
         take_bytes: called with the size of each piece before it is kept.
 
     Raises:
-        HTTPException: 400 for none, 408 when it is late, 413 when it is too large.
+        HTTPException: 400 for none, 408 when it is late, 413 when it is too large, 503 when the server stops.
         BusyError: from ``take_bytes``.
     """
     close = {"Connection": "close"}
@@ -221,6 +223,8 @@ async def receive_body(request: Request, limit: int, take_bytes: Callable[[int],
         raise HTTPException(408, f"the body was not here after {BODY_SECONDS:.0f} s", close) from None
     except ClientDisconnect:
         raise HTTPException(400, "the body ended early") from None
+    except asyncio.CancelledError:
+        raise HTTPException(503, "the server is stopping", close) from None
     if num_bytes > limit:
         raise too_large
     if not body:
@@ -318,7 +322,8 @@ async def answer_invalid(_: Request, error: Exception) -> JSONResponse:
 
 async def answer_failure(_: Request, error: Exception) -> JSONResponse:
     """A mistake of ours: its traceback goes to the server's log, not to the client."""
-    return JSONResponse({"error": "the server failed on this request; its log says why"}, 500)
+    # Answered outside all middleware.
+    return JSONResponse({"error": "the server failed on this request; its log says why"}, 500, HEADERS)
 
 
 class PageHeaders:

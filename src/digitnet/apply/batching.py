@@ -59,8 +59,8 @@ class Job(NamedTuple):
 class Batcher(Generic[Answer]):
     """Reads images in batches as large as the number of callers who wait at that moment: a lone one never waits.
 
-    Use it as ``async with Batcher(read_batch) as batcher: await batcher.read(image)``. Leaving the block lets the batch
-    under way finish.
+    Use it as ``async with Batcher(read_batch) as batcher: await batcher.read(image)``. Leaving the block
+    cancels who still waits, and ends when the batch under way has.
 
     Args:
         read_batch: from images (B, H, W) to B answers; called in a thread, never twice at a time.
@@ -80,6 +80,8 @@ class Batcher(Generic[Answer]):
     async def __aexit__(self, *_: object) -> None:
         self.worker.cancel()
         await asyncio.wait([self.worker])
+        while not self.jobs.empty():
+            self.jobs.get_nowait().answer.cancel()
         self.thread.shutdown()
 
     async def read(self, image: np.ndarray) -> Answer:
@@ -102,6 +104,10 @@ class Batcher(Generic[Answer]):
         images = np.stack([job.image for job in jobs])  # (B, H, W)
         try:
             answers = await asyncio.get_running_loop().run_in_executor(self.thread, self.read_batch, images)
+        except asyncio.CancelledError:
+            for job in jobs:
+                job.answer.cancel()
+            raise
         except Exception as error:  # whatever it is, it is the callers' to hear
             for job in jobs:
                 if not job.answer.done():

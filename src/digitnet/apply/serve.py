@@ -49,7 +49,10 @@ def serve(
     from digitnet.checkpoints import find_newest
 
     with listen(host, port) as listener:
-        path = ckpt_path or Path(os.environ.get("DIGITNET_CKPT_PATH") or find_newest("best.ckpt"))
+        named = os.environ.get("DIGITNET_CKPT_PATH")
+        path = ckpt_path or Path(named or find_newest("best.ckpt"))
+        if named and not ckpt_path and not path.is_file():
+            raise FileNotFoundError(f"DIGITNET_CKPT_PATH is {named}, and there is no such file; unset it or change it")
         predictor = Predictor.load(path)  # also for several workers: what is wrong with it is said once
         os.environ["DIGITNET_CKPT_PATH"] = str(path.resolve())  # also for those that replace a dead one, later
         url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/"
@@ -78,10 +81,9 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
         return socket.create_server((host, port), family=family, backlog=1024)
-    except OSError as error:
-        raise OSError(
-            f"cannot listen on {host}, port {port}: {error.strerror}; give another --port or --host"
-        ) from error
+    except (OSError, UnicodeError) as error:  # the latter for what cannot be a name
+        reason = error.strerror if isinstance(error, OSError) else "no name of a machine is like this"
+        raise OSError(f"cannot listen on {host}, port {port}: {reason}; give another --port or --host") from error
 
 
 def has_screen() -> bool:
