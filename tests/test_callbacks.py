@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -10,10 +12,12 @@ import torch
 import yaml
 from conftest import QUICKSTART, SHORT, Run
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins import MixedPrecision
 
-from digitnet.callbacks import AverageWeights, flatten_settings
+from digitnet.callbacks import AverageWeights, StopCleanly, flatten_settings
 from digitnet.classifier import DigitClassifier
 from digitnet.data import MNISTDataModule
+from digitnet.guards import verify_clipping
 
 AVERAGE = ("--trainer.callbacks+=digitnet.callbacks.AverageWeights", "--trainer.callbacks.decay", 0.5)
 
@@ -76,6 +80,58 @@ def test_settings_for_a_table_can_be_said_in_plain_yaml() -> None:
     flat = flatten_settings({"teacher": teacher, "split": (1, 2, 3)})
     assert flat == {"teacher": "Teacher", "teacher/checkpoint": "a.ckpt", "split": [1, 2, 3]}
     assert yaml.safe_load(yaml.safe_dump(flat)) == flat
+
+
+def test_gradients_are_clipped_in_bfloat16_by_fused_optimizers_too(digitnet: Run, tmp_path: Path) -> None:
+    # SGD at rate 1 moves the weights by the clipped gradient; one step, from the same weights as without.
+    sgd = ("--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", 1, "--model.optimizer.fused", "true")
+    one_step = (
+        *SHORT, "--trainer.max_epochs", 1, "--data.batch_size", 1437, "--trainer.precision", "bf16-mixed", *sgd
+    )  # fmt: skip
+    clips = ([], ["--trainer.gradient_clip_val", 0.01], ["--trainer.gradient_clip_val", 0.02])
+    by_value = ["--trainer.gradient_clip_val", 0.001, "--trainer.gradient_clip_algorithm", "value"]
+    for clip in (*clips, by_value):
+        assert digitnet("fit", "--config", QUICKSTART, *one_step, *clip) == 0
+    runs = [tmp_path / "lightning_logs" / "quickstart" / f"version_{n}" / "checkpoints" for n in range(4)]
+    free, small, twice, bounded = (torch.load(run / "last.ckpt", weights_only=True)["state_dict"] for run in runs)
+
+    def move(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.cat([(other[name] - one[name]).flatten() for name in one if name.startswith("net.")])
+
+    assert move(small, twice).norm() == pytest.approx(0.01, rel=1e-3)  # both along the gradient
+    start = {name: 2 * small[name] - twice[name] for name in small}
+    assert move(start, free).norm() > 0.1
+    assert move(start, bounded).abs().max() == pytest.approx(0.001, rel=1e-2)
+
+
+def test_float16_refuses_to_clip_before_a_fused_optimizer_unscales() -> None:
+    parameters = [torch.nn.Parameter(torch.zeros(1))]
+    half = MixedPrecision("16-mixed", "cpu")
+    trainer = L.Trainer(accelerator="cpu", plugins=[half], gradient_clip_val=1, logger=False)
+    verify_clipping(trainer, torch.optim.Adam(parameters))
+    with pytest.raises(ValueError, match=r"not fused: --model\.optimizer\.fused false"):
+        verify_clipping(trainer, torch.optim.Adam(parameters, fused=True))
+
+
+def test_a_run_that_a_threshold_ended_stays_ended(digitnet: Run, tmp_path: Path) -> None:
+    last = tmp_path / "lightning_logs" / "quickstart" / "version_0" / "checkpoints" / "last.ckpt"
+    threshold = "--early_stopping.stopping_threshold"
+    assert digitnet("fit", "--config", QUICKSTART, *SHORT, "--trainer.max_epochs", 3, threshold, 0.01) == 0
+    for more, epoch in (((), 0), ((threshold, "null"), 2)):
+        assert digitnet("fit", "--ckpt_path", "last", *more) == 0
+        assert torch.load(last, weights_only=True)["epoch"] == epoch
+
+
+def test_each_machine_stops_at_its_first_process() -> None:
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    try:
+        for local_rank, stops in ((0, True), (1, False)):
+            trainer: Any = SimpleNamespace(global_rank=local_rank + 2, local_rank=local_rank)
+            StopCleanly().on_train_start(trainer, L.LightningModule())
+            assert (signal.getsignal(signal.SIGTERM) != signal.SIG_IGN) is stops
+    finally:
+        for number, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
+            signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0])

@@ -12,6 +12,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -256,6 +257,26 @@ def test_two_processes_make_one_run_and_count_each_image_once(trained_run: Path,
     for two, one in zip(csv.reader(of_two.splitlines()), csv.reader(of_one.splitlines()), strict=True):
         assert two[:3] == one[:3]
     assert len(of_one.splitlines()) == 249 + 1
+
+
+def test_two_machines_need_no_disk_in_common_and_one_tests_alone(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    nodes = ("--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.num_nodes=2", "--trainer.strategy=ddp")
+    command = [sys.executable, "-m", "digitnet", "fit", "--config", str(QUICKSTART), *map(str, SHORT), *nodes]
+    processes = []
+    for rank in (0, 1):
+        (tmp_path / str(rank)).mkdir()
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": str(rank), "LOCAL_RANK": "0"}
+        environ = os.environ | place | {"WORLD_SIZE": "2"}
+        processes.append(
+            subprocess.Popen(command, cwd=tmp_path / str(rank), env=environ, stderr=subprocess.PIPE, text=True)
+        )
+    complaints = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], complaints
+    assert not any("sync_dist" in complaint for complaint in complaints)  # Lightning's word for a lone process' figure
+    assert not (tmp_path / "1" / "lightning_logs").exists()
+    subprocess.run([sys.executable, "-m", "digitnet", "validate"], cwd=tmp_path / "0", check=True, timeout=120)
 
 
 # --- the same again ---------------------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 
 
 def parts(folder: Path) -> list[Path]:
-    return list(folder.rglob("*.part"))
+    return list(folder.rglob(".part-*"))
 
 
 # --- stopped ----------------------------------------------------------------------------------------------------------
@@ -163,7 +163,7 @@ def test_full_disk_keeps_the_checkpoint_before(
     assert digitnet(*flags, "--trainer.max_epochs", 3) == 0
 
     def fill_disk() -> None:  # what is written beside the old checkpoint goes to a device without room
-        part = RUN.with_name("version_1") / "checkpoints" / f".last.ckpt.{os.getpid()}.part"
+        part = RUN.with_name("version_1") / "checkpoints" / f".part-{os.getpid()}-last.ckpt"
         part.symlink_to("/dev/full")
 
     with monkeypatch.context() as patch:

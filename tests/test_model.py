@@ -183,6 +183,22 @@ def test_batch_normalization_is_pytorchs_with_the_bias_of_the_layer(shape: tuple
     assert torch.equal(norm.bias, bias)
 
 
+def test_a_batch_of_one_image_can_be_trained_on() -> None:
+    net = UprightNet(dropout=0.0)  # its dense layers have one value a channel then, and that no variance
+    before = {name: value.clone() for name, value in net.named_buffers()}
+    F.cross_entropy(net(torch.rand(1, 1, 28, 28)), torch.tensor([7])).backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in net.parameters())
+    changed = {name for name, value in net.named_buffers() if not torch.equal(value, before[name])}
+    assert changed  # of the convolutions
+    assert not any("fc" in name for name in changed)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_images_come_in_the_precision_of_the_network(dtype: torch.dtype) -> None:
+    images = torch.randint(2, (3, 1, 28, 28)).to(dtype)
+    assert DigitNet().bfloat16()(images).dtype == torch.bfloat16
+
+
 def test_a_folded_net_is_a_plain_one_of_the_same_values() -> None:
     torch.manual_seed(0)
     net = DigitNet(batch_norm=True)

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize_scalar
-from torch import Tensor, nn
+from torch import Tensor
 
 from digitnet.augment import RandomAffine
 from digitnet.calibration import MIN_CONFIDENCE, Calibration, Detector
 from digitnet.data import DigitDataset
 from digitnet.machine import choose_precision
-from digitnet.model import Network
+from digitnet.model import Network, run_in_batches
 from digitnet.near_misses import blur, make_near_misses
 
 TARGET_ACCURACY = 0.999  # of the answers that are not called uncertain
@@ -41,16 +41,17 @@ def fit_calibration(
         The calibration, on the CPU, in evaluation mode.
     """
     device = next(net.parameters()).device
-    with torch.random.fork_rng():  # its detector draws weights
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(cuda):  # its detector draws weights
         calibration = Calibration()
-    logits = predict(net.eval(), val.images, device)
+    logits = run_in_batches(net.eval(), val.images, device)
     temperature = fit_temperature(logits, val.labels)
     confidence = (logits.double() / temperature).softmax(dim=1).amax(dim=1)
     calibration.temperature.fill_(temperature)
     calibration.min_confidence.fill_(choose_threshold(confidence.numpy()))
     if num_digits:
         picks = torch.linspace(0, len(train) - 1, min(num_digits, len(train))).long()
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(cuda):
             torch.manual_seed(seed)
             generator = torch.Generator().manual_seed(seed)
             calibration.detector = fit_detector(train.images[picks], train.labels[picks], device, generator)
@@ -68,14 +69,9 @@ def fit_max_score(calibration: Calibration, logits: Tensor, images: Tensor, devi
         images: validation digits (N, 1, 28, 28) uint8.
         device: where the detector is.
     """
-    scores = predict(calibration.detector, images, device) - calibration.energy_weight.cpu() * logits.logsumexp(dim=1)
+    scores = run_in_batches(calibration.detector, images, device)
+    scores -= calibration.energy_weight.cpu() * logits.logsumexp(dim=1)
     calibration.max_score.fill_(float(scores.quantile(1 - REJECTED, interpolation="higher")))
-
-
-@torch.no_grad()
-def predict(module: nn.Module, images: Tensor, device: torch.device, batch_size: int = 250) -> Tensor:
-    """What a module makes of images (N, 1, 28, 28), batch by batch on its device; float32 (N, ...) on the CPU."""
-    return torch.cat([module(batch.to(device)).float().cpu() for batch in images.split(batch_size)])
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:

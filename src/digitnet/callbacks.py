@@ -14,6 +14,7 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason as Reason
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -25,7 +26,7 @@ from digitnet.calibrate import fit_calibration
 from digitnet.checkpoints import save_checkpoint
 from digitnet.classifier import DigitClassifier
 from digitnet.data import MNISTDataModule, find_data
-from digitnet.files import replace_whole
+from digitnet.files import replace_whole, shorten
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -45,13 +46,25 @@ class RunCheckpoint(ModelCheckpoint):
 
 
 class RunEarlyStopping(EarlyStopping):
-    """EarlyStopping that stays stopped: going on with a run that it ended ends at once, unless patience was raised."""
+    """EarlyStopping that stays stopped: going on with a run that it ended ends at once.
+
+    Unless patience was raised or, where a threshold had ended it, the thresholds are others.
+    """
+
+    has_met_threshold = False  # in the run that is gone on with
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "thresholds": [self.stopping_threshold, self.divergence_threshold]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict({**state_dict, "patience": self.patience})
+        by_threshold = self.stopping_reason in (Reason.STOPPING_THRESHOLD, Reason.DIVERGENCE_THRESHOLD)
+        thresholds = [self.stopping_threshold, self.divergence_threshold]
+        self.has_met_threshold = by_threshold and state_dict.get("thresholds") == thresholds
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        trainer.should_stop = trainer.should_stop or self.wait_count >= max(self.patience, 1)
+        ended = self.has_met_threshold or self.wait_count >= max(self.patience, 1)
+        trainer.should_stop = trainer.should_stop or ended
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -130,10 +143,11 @@ class RestoreBestWeights(Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         best = find_keeper(trainer, of_best=True)
         if best and best.best_model_path:
-            checkpoint = torch.load(best.best_model_path, map_location=pl_module.device, weights_only=True)
-            pl_module.load_state_dict(checkpoint["state_dict"])
-            path = os.path.relpath(best.best_model_path)
-            rank_zero_info(f"best {best.monitor} {best.best_model_score:.4f}: {path}")
+            weights: dict[str, Any] = {}
+            if trainer.is_global_zero:  # which wrote the file: another machine need not share its disk
+                weights = torch.load(best.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
+            pl_module.load_state_dict(trainer.strategy.broadcast(weights))
+            rank_zero_info(f"best {best.monitor} {best.best_model_score:.4f}: {shorten(best.best_model_path)}")
 
 
 class Calibrate(Callback):
@@ -193,8 +207,7 @@ class Throughput(Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.num_images:
-            images_per_s = self.num_images * trainer.world_size / self.seconds
-            pl_module.log("train/images_per_s", images_per_s, rank_zero_only=True)
+            pl_module.log("train/images_per_s", self.num_images / self.seconds, sync_dist=True, reduce_fx="sum")
 
 
 class PrintEpochs(Callback):
@@ -303,9 +316,9 @@ class StopCleanly(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if threading.current_thread() is not threading.main_thread():
             return
-        if trainer.global_rank == 0:
+        if trainer.local_rank == 0:
             signal.signal(signal.SIGTERM, self._terminate)  # Lightning puts the old handlers back when it is done
-        else:  # the first process ends the others
+        else:  # its machine's first process ends the others
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             signal.signal(signal.SIGINT, signal.SIG_IGN)
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from digitnet.files import replace_whole
+from digitnet.files import replace_whole, shorten
 from digitnet.model import Committee, DigitNet, Network, ResidualNet, SingleNet, UprightNet, UprightResidualNet
 
 LOG_DIR = Path("lightning_logs")
@@ -34,7 +34,7 @@ def find_newest(filename: str, log_dir: Path = LOG_DIR) -> Path:
 
 def find_run(checkpoint: Path) -> Path | None:
     """The run folder that a checkpoint belongs to, None when it lies elsewhere."""
-    run = Path(os.path.relpath(checkpoint.parent.parent))  # as when the run began: Lightning compares the text
+    run = shorten(checkpoint.parent.parent)  # as when the run began: Lightning compares the text
     return run if checkpoint.parent.name == "checkpoints" and (run / "config.yaml").is_file() else None
 
 

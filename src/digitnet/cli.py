@@ -54,7 +54,7 @@ from digitnet.checkpoints import (
 from digitnet.classifier import DigitClassifier
 from digitnet.data import MNISTDataModule
 from digitnet.errors import OneLineErrors
-from digitnet.guards import FIXED, claim_folder, explain_failures, verify_monitor, verify_settings
+from digitnet.guards import FIXED, claim_folder, explain_failures, verify_clipping, verify_monitor, verify_settings
 from digitnet.imports import limit_imports
 from digitnet.machine import choose_precision, keep_freed_memory
 from digitnet.pictures import Pictures
@@ -169,7 +169,8 @@ class DigitCLI(LightningCLI):
             stored = verify_checkpoint(self.checkpoint)
             self.run_dir, self.trained_on = find_run(self.checkpoint), read_data_settings(stored)
             if self.run_dir:
-                flags = ["--config", str(self.run_dir / "config.yaml"), *flags]
+                alone = [] if subcommand == "fit" else ["--trainer.num_nodes=1"]  # nobody starts the others to score
+                flags = ["--config", str(self.run_dir / "config.yaml"), *alone, *flags]
             elif subcommand == "fit" and not typed.config:
                 raise ValueError(f"{self.checkpoint} lies outside a run: give the config it was trained with, --config")
             else:  # it knows what it was trained on, at least
@@ -185,14 +186,17 @@ class DigitCLI(LightningCLI):
         if self.checkpoint:
             config.ckpt_path = str(self.checkpoint)
         if subcommand == "fit" and self.run_dir:
-            path = self.run_dir / "config.yaml"
-            before = parser.parse_args([subcommand, "--config", str(path)])[subcommand].model
-            for name in ("optimizer", "lr_scheduler"):
-                if config.model[name] != before[name]:  # Lightning would load the old one's settings over these
-                    raise ValueError(
-                        f"model.{name} is not that of {self.run_dir}: going on keeps the run's; to train with "
-                        f"another, start anew: python -m digitnet fit --config {path}, and your flags"
-                    )
+            self._verify_recipe(parser, config.model, self.run_dir / "config.yaml")
+
+    def _verify_recipe(self, parser: LightningArgumentParser, model: Any, path: Path) -> None:
+        """Refuse to go on with another optimizer or schedule: Lightning would load the old one's settings over it."""
+        before = parser.parse_args(["fit", "--config", str(path)])["fit"].model
+        for name in ("optimizer", "lr_scheduler"):
+            if model[name] != before[name]:
+                raise ValueError(
+                    f"model.{name} is not that of {path.parent}: going on keeps the run's; to train with another, "
+                    f"start anew: python -m digitnet fit --config {path}, and your flags"
+                )
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning would let the checkpoint's hyper-parameters override what was typed."""
@@ -276,6 +280,7 @@ class DigitCLI(LightningCLI):
             raise
         except Exception as error:  # any optimizer, any argument: learning rate null is a TypeError
             raise ValueError(f"model.optimizer or model.lr_scheduler: {error}") from error
+        verify_clipping(self.trainer, optimization["optimizer"] if isinstance(optimization, dict) else optimization)
         if isinstance(optimization, dict):
             schedule = optimization["lr_scheduler"]
             self._check_schedule(schedule["scheduler"])

@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from digitnet.classifier import METRICS
 from digitnet.errors import nearest_name
+from digitnet.files import PART
 
 # What makes best.ckpt the best epoch's and last.ckpt the last one's.
 FIXED_FOR_BOTH = {
@@ -75,7 +76,7 @@ def claim_folder(logger: TensorBoardLogger, to_go_on: bool) -> Iterator[None]:
         pass
     try:
         if lock.is_locked:
-            for abandoned in folder.rglob(".*.part"):  # by a process that was killed: no other is at work here
+            for abandoned in folder.rglob(f"{PART}*"):  # by a process that was killed: no other is at work here
                 abandoned.unlink(missing_ok=True)
         yield
     finally:
@@ -154,3 +155,16 @@ def verify_monitor(key: str, monitor: str | None, mode: str) -> None:
     best = "min" if monitor.endswith("loss") else "max"
     if mode != best:
         raise ValueError(f"{key}.mode is {mode}, but the best {monitor} is the {best}imum; give --{key}.mode {best}")
+
+
+def verify_clipping(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse to clip gradients that a fused optimizer has yet to unscale, as it has in float16.
+
+    Raises:
+        ValueError: the trainer would.
+    """
+    is_fused = getattr(optimizer, "_step_supports_amp_scaling", False)  # what Lightning goes by
+    if trainer.gradient_clip_val and str(trainer.precision) == "16-mixed" and is_fused:
+        raise ValueError(
+            "trainer.gradient_clip_val in 16-mixed takes an optimizer that is not fused: --model.optimizer.fused false"
+        )

@@ -120,7 +120,8 @@ class BatchNorm(nn.Module):
         if x.ndim == 4:
             x = x.contiguous(memory_format=torch.channels_last)  # on a view with gaps it takes ten times as long
         gain = torch.ones_like(self.bias)  # and without one, three times
-        return F.batch_norm(x, self.mean, self.var, gain, self.bias, self.training, NORM_MOMENTUM, self.eps)
+        by_batch = self.training and x.numel() > x.shape[1]  # one value a channel has no variance
+        return F.batch_norm(x, self.mean, self.var, gain, self.bias, by_batch, NORM_MOMENTUM, self.eps)
 
 
 class UprightNet(nn.Module):
@@ -281,8 +282,14 @@ def _check_dropouts(**dropouts: float) -> None:
 
 
 def to_levels(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Images in [0, 1]: uint8 ones are scaled, in the precision given; others come back as they are."""
-    return images.to(dtype) / 255 if images.dtype == torch.uint8 else images
+    """Images in [0, 1]: uint8 ones are scaled, others are so already; in the precision given."""
+    return images.to(dtype) / 255 if images.dtype == torch.uint8 else images.to(dtype)
+
+
+@torch.no_grad()
+def run_in_batches(module: nn.Module, images: Tensor, device: torch.device, batch_size: int = 250) -> Tensor:
+    """What a module makes of images (N, 1, 28, 28), batch by batch on its device; float32 (N, ...) on the CPU."""
+    return torch.cat([module(batch.to(device)).float().cpu() for batch in images.split(batch_size)])
 
 
 def look_closely(images: Tensor) -> Tensor:

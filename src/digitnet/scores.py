@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from digitnet.checkpoints import find_folder, find_run, read_temperature
 from digitnet.data import find_data
-from digitnet.files import replace_whole
+from digitnet.files import replace_whole, shorten
 from digitnet.machine import describe_hardware, list_versions
 
 
@@ -127,5 +126,5 @@ class WriteScores(CollectScores):
             f"accuracy  {metrics['accuracy']:.2%}\n"
             f"mistakes  {num_errors:,}\n"
             f"loss      {metrics['loss']:.4f}\n"
-            f"report    {os.path.relpath(self.report_dir)}"
+            f"report    {shorten(self.report_dir)}"
         )

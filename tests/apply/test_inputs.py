@@ -150,6 +150,14 @@ def test_workers_do_not_import_torch() -> None:
     assert done.stdout.strip() == "False"
 
 
+def test_hidden_files_in_folders_are_no_pictures(folder: Path) -> None:
+    shown = [source.name for source in find_pictures([str(folder)])]
+    hidden = folder / "._00.png"  # as macOS writes beside each picture on a disk of another system
+    hidden.write_bytes(b"Mac OS X")
+    assert [source.name for source in find_pictures([str(folder)])] == shown
+    assert [source.name for source in find_pictures([str(hidden)])] == [str(hidden)]  # who names it means it
+
+
 def test_one_source_that_is_wrong_needs_no_process(pools: list[int]) -> None:
     with prepare_all([Source("a", None, "is wrong")], "auto", False) as prepared:
         assert list(prepared) == ["is wrong"]

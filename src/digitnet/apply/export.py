@@ -8,7 +8,6 @@ import importlib
 import io
 import json
 import logging
-import os
 import warnings
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -22,8 +21,9 @@ from digitnet.apply.predictor import BATCH_SIZE, Predictor
 from digitnet.calibration import CalibratedNet
 from digitnet.checkpoints import find_folder, find_newest, read_data_settings, verify_checkpoint
 from digitnet.data import Digits, fetch_digits
-from digitnet.files import replace_whole
+from digitnet.files import replace_whole, shorten
 from digitnet.machine import list_versions
+from digitnet.model import run_in_batches
 
 TOLERANCE = 1e-4  # between the logits of the checkpoint and of the exported file
 INPUT = "images"
@@ -83,7 +83,8 @@ def export(
     if format == "onnx":
         require("onnx", "onnxscript", "onnxruntime")
     source, split, digits = load_test_digits(checkpoint, data_dir)
-    expected = run_eagerly(predictor, digits.images)
+    images = torch.from_numpy(digits.images)[:, None]
+    expected = run_in_batches(predictor.model.net, images, torch.device("cpu"), BATCH_SIZE).numpy()
     with replace_whole(output.with_name(f"{output.name}.json")) as card_part, replace_whole(output) as part:
         write, load = (write_onnx, load_onnx) if format == "onnx" else (write_pt2, load_pt2)
         write(predictor.model, part)
@@ -106,7 +107,7 @@ def export(
         }
         card_part.write_text(json.dumps(card, indent=2) + "\n")
     print(
-        f"{os.path.relpath(output)}: {output.stat().st_size / 1e6:.1f} MB\n"
+        f"{shorten(output)}: {output.stat().st_size / 1e6:.1f} MB\n"
         f"compared on {comparison.num_images:,} test images: the same digits, "
         f"logits within {comparison.max_logit_difference:.1e}; {comparison.num_errors:,} mistakes"
     )
@@ -128,13 +129,6 @@ def load_test_digits(checkpoint: Path, data_dir: Path | None) -> tuple[str, list
     digits = fetch_digits(source, data_dir)
     start = split[0] + split[1]
     return source, split, Digits(digits.images[start:], digits.labels[start:])
-
-
-def run_eagerly(predictor: Predictor, images: np.ndarray) -> np.ndarray:
-    """Logits (N, 10) of images (N, 28, 28) as the checkpoint itself has them."""
-    with torch.inference_mode():
-        batches = torch.from_numpy(images)[:, None].split(BATCH_SIZE)
-        return torch.cat([predictor.model(batch)[1] for batch in batches]).numpy()
 
 
 def compare(run: Run, digits: Digits, expected: np.ndarray) -> Comparison:

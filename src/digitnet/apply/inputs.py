@@ -34,13 +34,15 @@ class Source(NamedTuple):
 
 
 def find_pictures(files: Iterable[str]) -> Iterator[Source]:
-    """What was named, file by file; in folders, what has the ending of a picture, sorted."""
+    """What was named, file by file; in folders, what has the ending of a picture and is not hidden, sorted."""
     for name in files:
         path = Path(name)
         if name == "-":
             yield Source(name, sys.stdin.buffer.read())
         elif path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+            # Hidden are unfinished files, and what macOS writes beside each picture on other systems' disks.
+            shown = (file for file in path.rglob("*") if not file.name.startswith("."))
+            inside = sorted(file for file in shown if file.suffix.lower() in SUFFIXES and file.is_file())
             yield from (Source(str(file), file) for file in inside)
             if not inside:
                 yield Source(name, None, f"a folder without pictures ({', '.join(sorted(SUFFIXES))})")

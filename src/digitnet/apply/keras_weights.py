@@ -12,9 +12,8 @@ import importlib
 import io
 import logging
 import os
-import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from posixpath import join
 from typing import Any
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from digitnet.files import replace_whole
 from digitnet.model import DigitNet
 
 # DigitNet's layers with the names that Keras gives the same layers in a fresh session, first to last.
@@ -50,6 +50,8 @@ def convert(source: Path, target: Path) -> None:
     """
     if source.suffix == target.suffix == ".ckpt":
         raise ValueError(f"{source} and {target} are both checkpoints; one of the two must be a Keras file")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {target}: there is no folder {target.parent}")
     state_dict = load_checkpoint(source) if source.suffix == ".ckpt" else load_keras_weights(source)
     if target.suffix == ".ckpt":
         save_checkpoint(state_dict, target)
@@ -214,16 +216,13 @@ def save_keras_weights(state_dict: Mapping[str, Tensor], path: str | Path) -> No
     if path.suffix == ".keras":
         model = build_keras_model()
         model.set_weights(weights)
-        _write_whole(path, model.save)
+        with replace_whole(path) as part:
+            model.save(part)
     elif path.suffix == ".h5":
         write_layout = _write_keras3 if path.name.endswith(".weights.h5") else _write_legacy
         h5py = _require("h5py")
-
-        def write(part: Path) -> None:
-            with h5py.File(part, "w") as file:
-                write_layout(file, weights)
-
-        _write_whole(path, write)
+        with replace_whole(path) as part, h5py.File(part, "w") as file:
+            write_layout(file, weights)
     else:
         raise ValueError(f"{path}: the name of a Keras file must end in .h5, .weights.h5 or .keras")
 
@@ -277,19 +276,8 @@ def save_checkpoint(state_dict: Mapping[str, Tensor], path: Path) -> None:
     finally:
         logging.disable(logging.NOTSET)
     trainer.strategy.connect(model)  # what fit and test do first; saving needs nothing else
-    _write_whole(path, lambda part: trainer.save_checkpoint(part, weights_only=True))
-
-
-def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Write into a temporary folder beside the target, force it to disk, then rename it into place."""
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".convert-") as folder:
-        part = Path(folder) / path.name  # the same name: libraries choose the format by it
-        write(part)
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
+    with replace_whole(path) as part:
+        trainer.save_checkpoint(part, weights_only=True)
 
 
 def _require(package: str) -> Any:

@@ -13,7 +13,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_info
 
-from digitnet.files import replace_whole
+from digitnet.files import PART, replace_whole
 
 # SHA-256 of mnist_784's 70,000 decoded images and labels, C order, uint8: the same from OpenML and from the classic
 # files. Source: computed from the classic files, whose published MD5 sums match. They fix the class counts as well.
@@ -61,7 +61,7 @@ def load_cache(path: Path) -> Digits:
 
 def write_cache(path: Path, digits: Digits) -> None:
     """Write all or nothing, and remove what a killed writer left half-written."""
-    for abandoned in path.parent.glob(f".{path.name}.*.part"):  # the lock is ours
+    for abandoned in path.parent.glob(f"{PART}*-{path.name}"):  # the lock is ours
         abandoned.unlink(missing_ok=True)
     with replace_whole(path) as part, part.open("wb") as file:
         np.savez(file, images=digits.images, labels=digits.labels)

@@ -18,12 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from digitnet.calibrate import predict
 from digitnet.checkpoints import choose_resumable, find_run, load_net, verify_checkpoint
 from digitnet.cli import main
 from digitnet.data import MNISTDataModule
 from digitnet.machine import describe_hardware, list_versions
-from digitnet.model import Network
+from digitnet.model import Network, run_in_batches
 from digitnet.study.ablation import FIRST_SEED, load_row, measure_seconds, parse_shard, resolve, verify_unchanged
 from digitnet.study.page import write_file
 from digitnet.study.report import KNOWN_WRONG
@@ -206,14 +205,14 @@ def judge(net: Network, images: Tensor, labels: Tensor) -> tuple[list[int], list
     """
     net = net.to(memory_format=torch.channels_last)
     device = next(net.parameters()).device
-    logits = [predict(net, shift(images, down, right), device) for down, right in SHIFTS]
+    logits = [run_in_batches(net, shift(images, down, right), device) for down, right in SHIFTS]
     guesses = (logits[0].argmax(dim=1), torch.stack(logits).softmax(dim=2).mean(dim=0).argmax(dim=1))
     plain, averaged = ((guess != labels).nonzero()[:, 0].tolist() for guess in guesses)
     return plain, averaged, F.cross_entropy(logits[0], labels, reduction="none")
 
 
 def shift(images: Tensor, down: int, right: int) -> Tensor:
-    """Move images (N, 1, H, W) by whole pixels; what moves in is 0."""
+    """Move images (N, 1, H, W) by a pixel or none along each axis; what moves in is 0."""
     moved = images.roll((down, right), (2, 3))
     if down:
         moved[:, :, 0 if down > 0 else -1] = 0

@@ -129,7 +129,7 @@ def load_metrics(run: Path) -> dict[str, Any]:
             f"{run}: no such run; give the folder of one, such as {LOG_DIR / 'final' / 'version_0'}"
         )
     if not path.exists():
-        if not list(run.glob("checkpoints/*.ckpt")):
+        if not list(run.glob("checkpoints/[!.]*.ckpt")):
             raise FileNotFoundError(f"{run} is no trained run: it has no checkpoints; train one first: {FIT_HINT}")
         raise FileNotFoundError(f"{run} has not been tested yet; type: {_test_command(run)}")
     try:

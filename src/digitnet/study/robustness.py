@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from digitnet import figures
-from digitnet.calibrate import predict
 from digitnet.checkpoints import find_folder, find_newest, find_run, load_net, read_data_settings
 from digitnet.data import MNISTDataModule
 from digitnet.machine import describe_hardware, list_versions
+from digitnet.model import run_in_batches
 from digitnet.study.corruptions import CORRUPTIONS, corrupt
 from digitnet.study.explore import load_data_module, read_config
 from digitnet.study.page import write_file
@@ -65,7 +65,8 @@ def robustness(
     for name in ("clean", *CORRUPTIONS):
         spoiled = images if name == "clean" else corrupt(images, name, seed)
         examples[name] = spoiled[:NUM_SHOWN]
-        predictions = predict(net, torch.from_numpy(spoiled)[:, None], torch.device("cpu")).argmax(dim=1)
+        logits = run_in_batches(net, torch.from_numpy(spoiled)[:, None], torch.device("cpu"))
+        predictions = logits.argmax(dim=1)
         accuracies[name] = int((predictions == labels).sum()) / len(labels)
         print(f"{name:<14}{accuracies[name]:8.2%}", flush=True)
     mean = sum(accuracies[name] for name in CORRUPTIONS) / len(CORRUPTIONS)
