@@ -43,12 +43,8 @@ def make_plain(axes: Axes) -> None:
 
 
 def make_canvas(figure: Figure, width: float, height: float, top: float = 0.0) -> Axes:
-    """The figure's only axes, to lay out tiles on; see ``set_canvas``."""
-    return set_canvas(figure.subplots(), width, height, top)
-
-
-def set_canvas(axes: Axes, width: float, height: float, top: float = 0.0) -> Axes:
-    """Axes to lay out tiles on: no frame, one unit is the side of a tile, y runs down from ``-top``."""
+    """The figure's only axes, for tiles: no frame, one unit is the side of a tile, y runs down from ``-top``."""
+    axes = figure.subplots()
     axes.set_axis_off()
     axes.set_aspect("equal", anchor="NW")
     axes.set(xlim=(-0.02, width), ylim=(height, -top))

@@ -437,9 +437,6 @@ def draw_corruptions(examples: Mapping[str, Array]) -> Figure:
     return figure
 
 
-# --- how they are drawn -----------------------------------------------------------------------------------------------
-
-
 def draw_tradeoff(
     curves: Mapping[str, Sequence[tuple[float, float, float]]], records: Mapping[str, float], title: str, unit: str
 ) -> Figure:
@@ -480,6 +477,9 @@ def draw_tradeoff(
     make_plain(axes)
     figure.legend(loc="outside lower left", frameon=False, fontsize=9)
     return figure
+
+
+# --- how they are drawn -----------------------------------------------------------------------------------------------
 
 
 def render(figure: Figure, form: Literal["png", "svg"] = "png", dpi: int = 160) -> bytes:

@@ -79,7 +79,8 @@ class Predictor:
             raise ValueError(f"images are {images.dtype} {list(images.shape)}; they must be uint8 [N, 28, 28]")
         min_confidence = float(self.model.calibration.min_confidence)
         readings: list[Reading] = []
-        for batch in torch.from_numpy(np.ascontiguousarray(images))[:, None].split(BATCH_SIZE):
+        images = np.require(images, requirements=["C", "W"])  # of others, such as Pillow's, PyTorch warns
+        for batch in torch.from_numpy(images)[:, None].split(BATCH_SIZE):
             probabilities, _, is_digit = self.model(batch)  # (B, 10), (B, 10), (B,)
             top = probabilities.topk(2)
             for row, digits, values, found in zip(

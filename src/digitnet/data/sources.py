@@ -155,7 +155,7 @@ def _socket_timeout(seconds: float) -> Iterator[None]:
 
 
 def load_bundled_digits() -> Digits:
-    """scikit-learn's 1,797 digits of 8x8 pixels, made to look like MNIST: 20x20, centre of mass in the middle of 28x28.
+    """scikit-learn's 1,797 digits of 8x8 pixels, made to look like MNIST: 20x20 in 28x28, centre of mass in [14, 15].
 
     Source: ``sklearn.datasets.load_digits``, the test set of UCI's "Optical Recognition of Handwritten Digits", 43
     writers. Their order is kept.
@@ -168,8 +168,8 @@ def load_bundled_digits() -> Digits:
     images = torch.zeros(len(boxes), 28, 28)
     ramp = torch.arange(20.0) + 0.5
     mass = boxes.sum(dim=(1, 2))
-    tops = (14 - (boxes.sum(2) @ ramp) / mass).round().int().clamp(0, 8)  # where the box's first row goes
-    lefts = (14 - (boxes.sum(1) @ ramp) / mass).round().int().clamp(0, 8)
+    tops = (14.5 - (boxes.sum(2) @ ramp) / mass).round().int().clamp(0, 8)  # where the box's first row goes
+    lefts = (14.5 - (boxes.sum(1) @ ramp) / mass).round().int().clamp(0, 8)
     for image, box, top, left in zip(images, boxes, tops.tolist(), lefts.tolist(), strict=True):
         image[top : top + 20, left : left + 20] = box
     return Digits(images.to(torch.uint8).numpy(), labels.astype(np.uint8))
