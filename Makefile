@@ -6,7 +6,7 @@ UV := $(shell command -v uv 2>/dev/null)
 SOURCES := src tests benchmarks
 
 ifdef UV
-CREATE := $(UV) venv --quiet --allow-existing --python '>=3.11' $(VENV)
+CREATE := $(UV) venv --quiet --seed --allow-existing --python '>=3.11' $(VENV)
 INSTALL := $(UV) pip install --quiet --compile-bytecode --python $(BIN)/python
 else
 CREATE := $(PYTHON) -m venv $(VENV)

@@ -1,7 +1,7 @@
 """What the networks of a protocol still misread, sorted by what a person sees.
 
     python -m digitnet protocol configs/best.yaml --seeds 5
-    python benchmarks/remaining_mistakes.py lightning_logs/protocol/best-* results/remaining_mistakes.csv
+    python benchmarks/remaining_mistakes.py lightning_logs/protocol/best-???????? results/remaining_mistakes.csv
 
 The table has a row for each of the 10,000 test images that one of the networks or more misread: index, label, the digit
 most of those read, how many of them, and the verdict of somebody who looked at it. Rows that are missing are added with
@@ -19,10 +19,10 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from digitnet.calibrate import predict
 from digitnet.checkpoints import load_net
 from digitnet.data import fetch_digits
 from digitnet.figures import draw_verdicts, render
+from digitnet.model import run_in_batches
 from digitnet.study.page import write_file
 from digitnet.study.report import CLASSIC_TEST_START, KNOWN_WRONG
 
@@ -43,7 +43,8 @@ def main() -> None:
 
     batch = torch.from_numpy(images)[:, None]
     nets = [load_net(path.parent / "checkpoints" / "last.ckpt")[0] for path in seeds]
-    guesses = torch.stack([predict(net, batch, torch.device("cpu")).argmax(dim=1) for net in nets], dim=1)  # (N, seeds)
+    logits = torch.stack([run_in_batches(net, batch, torch.device("cpu")) for net in nets], dim=1)
+    guesses = logits.argmax(dim=2)  # (N, seeds)
     read = [Counter(guess for guess in row if guess != label).most_common(1)[0][0]
             for row, label in zip(guesses.tolist(), labels.tolist(), strict=True)]  # fmt: skip
 

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import resource
+import runpy
 import shutil
 import signal
 import socket
@@ -66,6 +67,11 @@ def test_help_lists_every_command_within_a_second() -> None:
     for command in COMMANDS:
         assert re.search(rf"^  {command} +\w", shown.stdout, re.MULTILINE)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1  # of processor: CI may be busy
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_every_benchmark_finds_what_it_imports(path: Path) -> None:
+    assert callable(runpy.run_path(str(path))["main"])
 
 
 @pytest.mark.parametrize("ending", ["", "raise ValueError\n"], ids=["whole", "broken"])

@@ -21,6 +21,7 @@ from conftest import QUICKSTART, SHORT, Run
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from digitnet import callbacks
 from digitnet.checkpoints import choose_resumable, save_checkpoint
 from digitnet.classifier import DigitClassifier
 from digitnet.guards import explain_failures
@@ -97,6 +98,24 @@ def test_sigterm_stops_and_says_how_to_go_on(
     assert torch.load(last, weights_only=True)["epoch"] == 0
     assert not parts(Path.cwd())
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+
+
+def test_sigterm_while_calibrating_says_how_to_make_up_for_it(
+    digitnet: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def terminate(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(callbacks, "fit_calibration", terminate)
+        assert digitnet("fit", "--config", QUICKSTART, *TINY) == 128 + signal.SIGTERM
+    assert "stopped while calibrating, the training done; fit --ckpt_path last calibrates anew" in caplog.messages
+    assert signal.getsignal(signal.SIGTERM) == handler
+    assert digitnet("fit", "--ckpt_path", "last") == 0
+    assert "calibration" in torch.load(RUN / "checkpoints" / "best.ckpt", weights_only=True)
 
 
 SCHEDULES = {
@@ -221,7 +240,14 @@ def test_damaged_checkpoint_without_another_is_refused(
     assert digitnet("fit", "--ckpt_path", "last") == 1
     [line] = error_lines(capsys)
     assert "the checksum of" in line
-    assert f"there is no previous.ckpt beside it; start anew: python -m digitnet fit --config {RUN}/config.yaml" in line
+    anew = f"; start anew: python -m digitnet fit --config {RUN}/config.yaml"
+    assert f"there is no previous.ckpt beside it{anew}" in line
+    previous = shutil.copy(RUN / "checkpoints" / "last.ckpt", RUN / "checkpoints" / "previous.ckpt")
+    assert digitnet("fit", "--ckpt_path", "last") == 1
+    [line] = error_lines(capsys)
+    assert line.count("the checksum of") == 2
+    assert line.endswith(anew)
+    previous.unlink()
     assert digitnet("test") == 1
     [line] = error_lines(capsys)
     assert "best.ckpt is not a checkpoint that can be read safely: damaged: the checksum of" in line

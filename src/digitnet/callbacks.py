@@ -312,6 +312,7 @@ class StopCleanly(Callback):
 
     def __init__(self) -> None:
         self.terminated = False
+        self.before: Any = None  # the handler to put back after calibrating
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if threading.current_thread() is not threading.main_thread():
@@ -322,6 +323,15 @@ class StopCleanly(Callback):
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             signal.signal(signal.SIGINT, signal.SIG_IGN)
 
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Lightning is done by now, but calibrating takes minutes.
+        if trainer.is_global_zero and threading.current_thread() is threading.main_thread():
+            self.before = signal.signal(signal.SIGTERM, self._terminate)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if self.before is not None:
+            signal.signal(signal.SIGTERM, self.before)
+
     def _terminate(self, signum: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self.terminated = True
@@ -331,7 +341,10 @@ class StopCleanly(Callback):
         if not isinstance(exception, KeyboardInterrupt):
             return
         last = find_keeper(trainer, of_best=False)
-        if last and last.best_model_path:
+        if self.before is not None:
+            self.teardown(trainer, pl_module, "fit")
+            rank_zero_info("stopped while calibrating, the training done; fit --ckpt_path last calibrates anew")
+        elif last and last.best_model_path:
             rank_zero_info(
                 f"stopped in epoch {trainer.current_epoch}; the epochs before it are kept. "
                 f"To go on: python -m digitnet fit --ckpt_path {last.best_model_path}"

@@ -192,9 +192,11 @@ def choose_resumable(path: Path) -> tuple[Path, str]:
         previous = path.with_name("previous.ckpt")
         if path.name != "last.ckpt" or not path.is_file():
             raise
-        if not previous.is_file():
+        try:
+            verify_checkpoint(previous, to_resume=True)
+        except ValueError as other:
             run = find_run(path)
             again = f"; start anew: python -m digitnet fit --config {run / 'config.yaml'}" if run else ""
-            raise ValueError(f"{error}; there is no previous.ckpt beside it{again}") from error
-        verify_checkpoint(previous, to_resume=True)
+            why = f"{other}" if previous.is_file() else "there is no previous.ckpt beside it"
+            raise ValueError(f"{error}; {why}{again}") from error
         return previous, str(error)

@@ -254,7 +254,7 @@ class DigitCLI(LightningCLI):
             calibrate = configured.pop("calibration")
             callbacks += configured.values()
             callbacks += [SeedEachEpoch(), StopOnNaN(), Throughput(), HyperparameterSummary(summary)]
-            callbacks += [RestoreBestWeights(), calibrate, self.stop]
+            callbacks += [self.stop, RestoreBestWeights(), calibrate]
             if settings.logger is not False:
                 callbacks.append(LearningRateMonitor(logging_interval="epoch"))
             if not watched:

@@ -1,4 +1,4 @@
-"""3x3 convolutions with a third of the multiplications: Winograd's, for float32 on a CPU.
+"""3x3 convolutions with a quarter of the multiplications: Winograd's, for float32 on a CPU.
 
 A convolution cuts its input into overlapping tiles, transforms tiles and kernels, multiplies them point by point, and
 transforms back. A tile of 5x5 results takes 49 multiplications where the sum itself takes 225. The values are the same

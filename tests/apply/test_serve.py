@@ -557,4 +557,4 @@ def test_missing_packages_are_named(
     assert digitnet("serve") == 1
     error = capsys.readouterr().err
     assert "fastapi, uvicorn, python_multipart" in error
-    assert 'pip install "digitnet[serve]"' in error
+    assert 'pip install -e ".[serve]"' in error

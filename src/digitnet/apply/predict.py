@@ -29,7 +29,7 @@ def predict(
       python -m digitnet predict --split sheet.jpg       several digits on one sheet, in reading order
       cat photo.jpg | python -m digitnet predict -
 
-    The answer is "uncertain" where the network's confidence is below what it needs to be right 999 times in 1,000, and
+    The answer is "uncertain" where the confidence is below that from which on answers are right 999 times in 1,000, and
     "no digit" for blank paper and for what looks like none of the ten. A file that cannot be read gets a line on
     standard error; the others go on.
 

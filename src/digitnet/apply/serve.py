@@ -41,7 +41,7 @@ def serve(
     """
     missing = [name for name in ("fastapi", "uvicorn", "python_multipart") if find_spec(name) is None]
     if missing:
-        raise ValueError(f'serve needs {", ".join(missing)}; install it with: python -m pip install "digitnet[serve]"')
+        raise ValueError(f'serve needs {", ".join(missing)}; pip install -e ".[serve]"')
     if not 1 <= workers <= 64:
         raise ValueError(f"workers is {workers}; it is a number of processes, from 1 to 64")
     from digitnet.apply.api import create_app
