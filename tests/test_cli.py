@@ -11,6 +11,7 @@ import os
 import re
 import resource
 import runpy
+import shlex
 import shutil
 import signal
 import socket
@@ -121,7 +122,7 @@ def test_fit_commands_of_the_readme_parse(digitnet: Run, capsys: pytest.CaptureF
     assert {"fit", "test", "validate", "convert"} <= {command for command, _ in lines}
     assert {command for command, _ in lines} <= COMMANDS.keys()
     for command, rest in lines:
-        flags = rest.split("#")[0].split()
+        flags = shlex.split(rest.split("#")[0])
         if command == "fit" and "--ckpt_path" not in flags:
             flags = [str(ROOT / flag) if flag.startswith("configs/") else flag for flag in flags]
             assert digitnet("fit", *flags, "--print_config") == 0, capsys.readouterr().err
@@ -135,9 +136,14 @@ def test_fit_leaves_a_complete_run(trained_run: Path) -> None:
     assert names >= {"config.yaml", "hparams.yaml", "best.ckpt", "last.ckpt"}
     for tag in ("train/loss", "train/acc", "val/loss", "val/acc", "train/images_per_s", "lr-Adam"):
         assert len(scalars(trained_run, tag)) == 2, tag
-    assert scalars(trained_run, "hp/val_acc")[-1][1] == max(value for _, value in scalars(trained_run, "val/acc"))
+    losses, accuracies = (dict(scalars(trained_run, f"val/{name}")) for name in ("loss", "acc"))
+    best = min(losses, key=lambda step: losses[step])  # as this config keeps best.ckpt
+    assert scalars(trained_run, "hp/val_acc")[-1][1] == accuracies[best]
+    assert scalars(trained_run, "hp/val_loss")[-1][1] == losses[best]
+    assert [step for step, _ in scalars(trained_run, "hp/val_acc")] == list(accuracies)  # and none before the first
     compared = yaml.safe_load((trained_run / "hparams.yaml").read_text())  # what TensorBoard's HPARAMS page shows
     assert compared["optimizer"] == "Adam"
+    assert (compared["max_epochs"], compared["patience"], compared["kept"]) == (2, 10, "val/loss")
     assert compared["optimizer/lr"] == 0.001
     assert compared["augmentation"] == "RandomAffine"
     assert compared["split"] == [1437, 180, 180]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -211,7 +212,7 @@ class Throughput(Callback):
 
 
 class PrintEpochs(Callback):
-    """One line an epoch, for logs and other places where a progress bar is no use."""
+    """One line an epoch, also above a progress bar, which has no room for the figures where a terminal is narrow."""
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # This hook comes before the module's own, which logs the training metrics.
@@ -220,7 +221,12 @@ class PrintEpochs(Callback):
         is_validated = pl_module.validated_epoch == trainer.current_epoch
         val = {name: x for name, x in trainer.callback_metrics.items() if is_validated and name.startswith("val/")}
         values = {**train, **val}
-        rank_zero_info(f"epoch {trainer.current_epoch}  " + "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
+        line = f"epoch {trainer.current_epoch}  " + "  ".join(f"{k} {v:.4f}" for k, v in values.items())
+        bar = trainer.progress_bar_callback
+        if bar is not None and trainer.is_global_zero:
+            bar.print(line)
+        else:
+            rank_zero_info(line)
 
 
 def flatten_settings(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -243,7 +249,9 @@ def flatten_settings(settings: dict[str, Any], prefix: str = "") -> dict[str, An
 
 
 class HyperparameterSummary(Callback):
-    """Give TensorBoard's HPARAMS page the run's settings and ``hp/val_acc``, the best validation accuracy so far.
+    """Give TensorBoard's HPARAMS page the run's settings, and ``hp/val_acc`` and ``hp/val_loss`` of its best epoch.
+
+    The best so far, as the run's ModelCheckpoint with a ``monitor`` has it: the figures are those of ``best.ckpt``.
 
     Args:
         settings: what the page compares runs by, as a config has it.
@@ -251,24 +259,38 @@ class HyperparameterSummary(Callback):
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = flatten_settings(settings)
-        self.best = 0.0
+        self.best: dict[str, float] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger) and trainer.global_step == 0:
-                logger.log_hyperparams(self.settings, {"hp/val_acc": 0.0})
+            if isinstance(logger, TensorBoardLogger) and trainer.global_step == 0 and trainer.is_global_zero:
+                logger.hparams.update(self.settings)  # for hparams.yaml
+                # Not log_hyperparams: that begins each metric with a point of its own, at 0, which spoils the chart.
+                from torch.utils.tensorboard.summary import hparams  # half a second that other commands need not wait
+
+                plain = {k: v if isinstance(v, (bool, int, float)) else str(v) for k, v in self.settings.items()}
+                writer = logger.experiment._get_file_writer()
+                for summary in hparams(plain, {"hp/val_acc": 0, "hp/val_loss": 0}):
+                    writer.add_summary(summary)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.sanity_checking:
-            self.best = max(self.best, float(trainer.callback_metrics.get("val/acc", 0)))
-            for logger in trainer.loggers:
-                logger.log_metrics({"hp/val_acc": self.best}, step=max(0, trainer.global_step - 1))  # as val/acc
+        found = {name: float(trainer.callback_metrics.get(name, torch.nan)) for name in ("val/acc", "val/loss")}
+        if trainer.sanity_checking or math.isnan(found["val/acc"]):
+            return
+        keeper = find_keeper(trainer, of_best=True)
+        monitored = keeper.monitor if keeper and keeper.monitor in found else "val/acc"
+        sign = -1 if monitored == "val/loss" else 1
+        if not self.best or sign * found[monitored] > sign * self.best[monitored]:
+            self.best = found
+        for logger in trainer.loggers:
+            figures = {f"hp/{name.replace('/', '_')}": value for name, value in self.best.items()}
+            logger.log_metrics(figures, step=max(0, trainer.global_step - 1))  # as val/acc
 
-    def state_dict(self) -> dict[str, float]:
-        return {"best": self.best}
+    def state_dict(self) -> dict[str, Any]:
+        return {"figures": self.best}
 
-    def load_state_dict(self, state_dict: dict[str, float]) -> None:
-        self.best = state_dict["best"]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict.get("figures", {})
 
 
 class StopOnNaN(Callback):

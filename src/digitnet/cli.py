@@ -60,6 +60,8 @@ from digitnet.machine import choose_precision, keep_freed_memory
 from digitnet.pictures import Pictures
 from digitnet.scores import WriteScores
 
+# What the table of runs shows of the trainer, as it changes what is learned.
+SUMMARIZED = ("max_epochs", "max_steps", "gradient_clip_val", "accumulate_grad_batches", "check_val_every_n_epoch")
 USAGE = "python -m digitnet {} [--config FILE.yaml] [--flag value ...]"
 DESCRIPTIONS = {
     "fit": f"""Train a digit classifier.
@@ -238,7 +240,7 @@ class DigitCLI(LightningCLI):
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
         watched = any(isinstance(callback, ProgressBar) for callback in callbacks)
         if not watched and sys.stdout.isatty() and settings.enable_progress_bar is not False:
-            callbacks.append(TQDMProgressBar(leave=True))
+            callbacks.append(TQDMProgressBar())
             watched = True
         if settings.precision is None:
             kwargs["precision"], reason = choose_precision(settings.accelerator)
@@ -247,6 +249,9 @@ class DigitCLI(LightningCLI):
             config = self.config["fit"]
             summary = {"seed": config.seed_everything, "precision": kwargs.get("precision", settings.precision)}
             summary |= {**config.model.as_dict(), **config.data.as_dict()}
+            summary |= {name: config.trainer[name] for name in SUMMARIZED}
+            summary |= {"patience": config.early_stopping.patience, "kept": config.best_checkpoint.monitor}
+            summary |= {type(one).__name__: getattr(one, "decay", True) for one in callbacks}
             config.ckpt_path = None  # config.yaml describes a run, not this call; with it, a new one can be started
             if self.run_dir:
                 config.trainer.logger.init_args.version = None
@@ -256,9 +261,8 @@ class DigitCLI(LightningCLI):
             callbacks += [SeedEachEpoch(), StopOnNaN(), Throughput(), HyperparameterSummary(summary)]
             callbacks += [self.stop, RestoreBestWeights(), calibrate]
             if settings.logger is not False:
-                callbacks.append(LearningRateMonitor(logging_interval="epoch"))
-            if not watched:
-                callbacks.append(PrintEpochs())
+                callbacks.append(LearningRateMonitor())  # each schedule as often as it steps
+            callbacks.append(PrintEpochs())
         else:
             assert self.checkpoint is not None
             callbacks.append(WriteScores(self.checkpoint, self.command))
@@ -389,6 +393,7 @@ def prepare_process() -> None:
 def hide_noise() -> None:
     """Filter out what is not for our users: a summary's remark on bfloat16, the like, and advertisements."""
     warnings.filterwarnings("ignore", message=".*does not have many workers")
+    warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")  # scoring takes none of fit's
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # going on with a run
     warnings.filterwarnings("ignore", message="ReduceLROnPlateau conditioned on .* Skipping learning rate update")
     warnings.filterwarnings("ignore", message="Precision .* is not supported by the model summary")

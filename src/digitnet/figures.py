@@ -48,7 +48,10 @@ Scale = Callable[[Any], Any]
 
 
 class History(NamedTuple):
-    """A training run epoch by epoch: arrays (E,); epochs count from 1, accuracies lie in [0, 1]."""
+    """A training run epoch by epoch: arrays (E,); epochs count from 1, accuracies lie in [0, 1].
+
+    Of epochs that were not validated, ``val_loss`` and ``val_acc`` are nan.
+    """
 
     epochs: Array
     train_loss: Array
@@ -133,7 +136,7 @@ def draw_class_means(images: Array, labels: Array) -> Figure:
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def draw_history(history: History, best: int) -> Figure:
+def draw_history(history: History, best: int | None) -> Figure:
     """Loss and accuracy of training and validation over the epochs.
 
     Both scales are stretched where networks spend their time: the loss is logarithmic, and so is the distance of the
@@ -141,25 +144,24 @@ def draw_history(history: History, best: int) -> Figure:
 
     Args:
         history: the run.
-        best: position in ``history`` of the epoch to mark, from 0.
+        best: position in ``history`` of the epoch to mark, from 0; None marks none.
     """
     epochs = history.epochs
     figure = make_figure(WIDTH_IN, 5.6, "Training history")
     loss, acc = figure.subplots(2, 1, sharex=True)
     marker = {"marker": "o", "markersize": 4} if len(epochs) <= 50 else {}
     for axes, train, val in ((loss, history.train_loss, history.val_loss), (acc, history.train_acc, history.val_acc)):
-        axes.axvline(epochs[best], color=GREY, linewidth=1, linestyle=":")
+        if best is not None:
+            axes.axvline(epochs[best], color=GREY, linewidth=1, linestyle=":")
         axes.plot(epochs, train, color=VERMILION, linestyle="--", label="training", **marker)
-        axes.plot(epochs, val, color=BLUE, label="validation", **marker)
-        axes.plot(
-            epochs[best],
-            val[best],
-            "*",
-            color=BLUE,
-            markersize=15,
-            markeredgecolor="white",
-            label=f"best epoch: {epochs[best]}",
-        )
+        there = ~np.isnan(history.val_acc)
+        if there.any():
+            axes.plot(epochs[there], val[there], color=BLUE, label="validation", **marker)
+        if best is not None:
+            axes.plot(
+                epochs[best], val[best], "*", color=BLUE, markersize=15, markeredgecolor="white",
+                label=f"best epoch: {epochs[best]}",
+            )  # fmt: skip
         axes.grid(axis="y", color=PALE, linewidth=0.8)
         make_plain(axes)
     loss.set_yscale("log")
@@ -170,7 +172,7 @@ def draw_history(history: History, best: int) -> Figure:
     ticks = [0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 1]
     _fit_scale(acc, ticks, np.concatenate([history.train_acc, history.val_acc]), _stretch_accuracy, _unstretch_accuracy)
     acc.set_title("accuracy", loc="left", fontsize=10)
-    acc.set_xlabel("epoch")
+    acc.set_xlabel("epoch, counted from 1")
     acc.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     acc.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
     figure.legend(*loss.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)

@@ -47,12 +47,12 @@ class Pictures(CollectScores):
         self.drawn_step = 0  # when they were drawn last
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.global_step > 0 or self.every_n_epochs == 0:
+        if trainer.global_step > 0:
             return
         data = find_data(trainer)
         for writer in self._find_writers(trainer):
             writer.add_custom_scalars(LAYOUT)
-            if data.augmentation is not None:
+            if self.every_n_epochs and data.augmentation is not None:
                 self._draw_augmentation(data, writer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -95,5 +95,5 @@ class Pictures(CollectScores):
             mistakes = figures.draw_mistakes(images, labels, predictions, confidences, limit=MAX_MISTAKES)
             writer.add_figure("val/confusion", confusion, step, close=False)
             writer.add_figure("val/mistakes", mistakes, step, close=False)
-            for digit in range(10):
+            for digit in np.unique(labels).tolist():
                 writer.add_pr_curve(f"val/digit_{digit}", labels == digit, probabilities[:, digit], step)

@@ -14,7 +14,7 @@ import yaml
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from digitnet.checkpoints import find_folder, find_run, read_temperature
+from digitnet.checkpoints import count_trained_on, find_folder, find_run, read_data_settings, read_temperature
 from digitnet.data import find_data
 from digitnet.files import replace_whole, shorten
 from digitnet.machine import describe_hardware, list_versions
@@ -102,6 +102,7 @@ class WriteScores(CollectScores):
             "checkpoint": str(self.checkpoint),
             "epoch": stored.get("epoch"),
             "num_images": num_images,
+            "num_trained_on": min(num_images, count_trained_on(read_data_settings(stored), data.source, start)),
             "num_errors": num_errors,
             "accuracy": 1 - num_errors / num_images,
             "loss": float(trainer.callback_metrics[f"{subset}/loss"]),
@@ -121,10 +122,11 @@ class WriteScores(CollectScores):
             part.write_text("\n".join(rows) + "\n")
         with replace_whole(self.report_dir / f"{prefix}metrics.json") as part:
             part.write_text(json.dumps(metrics, indent=2) + "\n")
+        named = "test" if subset == "test" else "validation"
         print(
-            f"images    {num_images:,} ({data.source}, {start:,} to {start + num_images - 1:,})\n"
+            f"images    {num_images:,} of {named} ({data.source}, {start:,} to {start + num_images - 1:,})\n"
             f"accuracy  {metrics['accuracy']:.2%}\n"
             f"mistakes  {num_errors:,}\n"
             f"loss      {metrics['loss']:.4f}\n"
-            f"report    {shorten(self.report_dir)}"
+            f"report    {shorten(self.report_dir / (f'{prefix}metrics.json' if prefix else ''))}"
         )

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import QUICKSTART, SHORT, Run
 from torch.utils.tensorboard import SummaryWriter
 
 from digitnet.data import load_bundled_digits
@@ -185,7 +186,7 @@ def test_every_mistake_and_the_least_sure_images_have_a_card(reported_run: Path)
 
 
 def test_the_history_names_the_first_best_epoch(reported_run: Path) -> None:
-    said = "The best epoch was 2 of 3: validation accuracy 97.00 %, loss 0.2500"
+    said = "The best epoch, counted from 1, was 2 of 3: validation accuracy 97.00 %, loss 0.2500"
     assert said in read_page(reported_run).text
 
 
@@ -195,6 +196,45 @@ def test_an_epoch_begun_again_after_a_stop_counts_as_it_ran_last(run: Path) -> N
     assert history is not None
     np.testing.assert_array_equal(history.epochs, [1, 2, 3, 4])
     np.testing.assert_allclose(history.val_acc, [0.90, 0.97, 0.99, 0.98], rtol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*could not find the monitored key")  # of a run that is never validated
+@pytest.mark.parametrize(
+    ("flags", "validated"),
+    [
+        (("--trainer.check_val_every_n_epoch", 2), [False, True, False]),
+        (("--trainer.limit_val_batches", 0), [False, False, False]),
+        (("--trainer.val_check_interval", 0.5), [True, True, True]),
+    ],
+    ids=["every other epoch", "never", "twice an epoch"],
+)
+def test_a_history_has_all_epochs_validated_or_not(
+    digitnet: Run, flags: tuple[Any, ...], validated: list[bool]
+) -> None:
+    assert digitnet("fit", "--config", QUICKSTART, *SHORT, "--trainer.max_epochs", 3, *flags) == 0
+    run = Path("lightning_logs") / "quickstart" / "version_0"
+    history = load_history(run, "val_loss")
+    assert history is not None
+    np.testing.assert_array_equal(history.epochs, [1, 2, 3])
+    assert (~np.isnan(history.val_loss)).tolist() == (~np.isnan(history.val_acc)).tolist() == validated
+    name = "best.ckpt" if any(validated) else "last.ckpt"
+    if "--trainer.val_check_interval" in flags:  # the kept one may lie in the midst of an epoch
+        state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]
+        scores = [one["best_model_score"] for key, one in state.items() if "val/loss" in key and "Checkpoint" in key]
+        assert np.nanmin(history.val_loss) == pytest.approx(float(scores[0]))
+    assert digitnet("test", "--ckpt_path", run / "checkpoints" / name) == 0
+    report(run)
+    said = read_page(run).text
+    assert ("No epoch was validated" in said) is (not any(validated))
+    assert "3 epochs" in said
+
+
+def test_a_report_says_when_the_images_were_trained_on(digitnet: Run) -> None:
+    assert digitnet("fit", "--config", QUICKSTART, *SHORT) == 0
+    run = Path("lightning_logs") / "quickstart" / "version_0"
+    assert digitnet("test", "--data.split", "[180, 180, 1437]") == 0
+    report(run)
+    assert "The checkpoint was trained on 1,077 of these images, and knows them." in read_page(run).text
 
 
 def test_a_run_without_events_has_a_report_without_history(run: Path) -> None:

@@ -16,6 +16,7 @@ from skimage.transform import AffineTransform, EuclideanTransform, warp
 from digitnet.data import Digits, load_bundled_digits
 from digitnet.study import corruptions
 from digitnet.study.corruptions import CORRUPTIONS, corrupt
+from digitnet.study.robustness import render_table
 
 DIGITS = load_bundled_digits().images[:60]
 BLANK = np.zeros((300, 28, 28), dtype=np.uint8)
@@ -227,10 +228,10 @@ def test_scores_a_run_and_writes_its_table_and_figures(
     assert accuracies["clean"] == pytest.approx(metrics["accuracy"])
 
     table = (folder / "robustness.md").read_text()
-    assert (
-        f"| fog | 5 of 5: a cloud of three times the ink's brightness | {100 * accuracies['fog']:.2f} % | 14.0 % |"
-        in table
-    )
+    fog = f"| fog | 5 of 5: a cloud of three times the ink's brightness | {100 * accuracies['fog']:.2f} % |"
+    assert f"{fog} - |" in table  # these are no digits of MNIST's, of which figures are published
+    table = render_table({**record, "dataset": "mnist"})
+    assert f"{fog} 14.0 % |" in table
     assert f"| mean of 15 |  | {100 * record['mean_of_15']:.2f} % | 75.9 % |" in table
     assert f"mean of 15{record['mean_of_15']:12.2%}" in out
 

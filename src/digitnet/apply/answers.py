@@ -113,6 +113,7 @@ def save_sheets(folder: Path, answers: list[Answer], images: list[np.ndarray | N
             x, y = index % columns * width, index // columns * height
             sheet.paste(Image.fromarray(image).resize((28 * ZOOM, 28 * ZOOM), Image.Resampling.NEAREST), (x + 2, y + 1))
             guess = "no digit" if one.digit is None else f"{one.digit}{'?' * (one.status == 'uncertain')}"
-            pen.text((x + 3, y + 28 * ZOOM + 1), f"{guess}  {Path(one.file).stem[:9]}", 255)
+            stem = Path(one.file).stem  # of a telephone's names the end tells them apart
+            pen.text((x + 3, y + 28 * ZOOM + 1), f"{guess}  {stem if len(stem) <= 9 else f'..{stem[-7:]}'}", 255)
         with replace_whole(folder / f"sheet_{start // TILES**2 + 1:03}.png") as part:
             sheet.save(part, "PNG")

@@ -275,7 +275,7 @@ def train(row: Row, seed: int, output: Path) -> Result:
     history = load_history(run)
     if history is None:
         raise ValueError(f"{run} has no training and validation accuracy of any epoch")
-    if history.epochs[-1] != verify_checkpoint(last)["epoch"] + 1:
+    if math.isnan(history.val_acc[-1]) or history.epochs[-1] != verify_checkpoint(last)["epoch"] + 1:
         raise ValueError(f"{run} has no validation accuracy of its last epoch, see trainer.check_val_every_n_epoch")
     result = {
         "config": row.path.as_posix(),

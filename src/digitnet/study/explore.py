@@ -143,6 +143,8 @@ def draw_pictures(module: MNISTDataModule, seed: int) -> list[Picture]:
     for name, (heading, title, transform) in previews.items():
         draws = preview_augmentation(transform, originals, NUM_DRAWS, seed)
         used = "This is what the config trains with" if repr(transform) == repr(chosen) else ""
+        if name in WRITEUP_PREVIEWS and (chosen is None or "augmentation" in previews):
+            used = "The write-up's, to compare: the config does not train with it"
         if name == "augmentation":
             used += f": {' '.join(repr(transform).split())}"
         pictures.append(

@@ -249,7 +249,8 @@ def render_table(config: Path, seeds: int, results: list[Result], holdout: int =
         cells.append([f"{value:.{column.decimals}f}{column.unit}" for value in values])
         averages = [statistics.fmean(values), *([statistics.stdev(values)] if len(values) > 1 else [])]
         summary.append(" ± ".join(f"{value:.{max(column.decimals, 1)}f}" for value in averages) + column.unit)
-    rows = [["seed", *(column.title for column in columns)], *zip(*cells, strict=True), ["**mean ± sd**", *summary]]
+    summary.insert(0, "**mean ± sd**" if len(results) > 1 else "**one seed**")
+    rows = [["seed", *(column.title for column in columns)], *zip(*cells, strict=True), summary]
     lines = [f"| {' | '.join(row)} |" for row in rows]
     lines.insert(1, f"|{'---:|' * len(cells)}")
     first = results[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,7 +90,7 @@ def report(run: Path | None = None) -> None:
     module = load_data_module(config)
     digits = fetch_digits(str(metrics.get("dataset") or module.source), module.data_dir)
     results = match_predictions(run, predictions, digits, int(metrics["num_errors"]))
-    history = load_history(run)
+    history = load_history(run, _find_monitored(config))
     page, charts = build_report(run, metrics, config, results, history, is_mnist=_is_mnist(digits))
     for name, png in charts.items():
         write_file(run / "report" / f"{name}.png", png)
@@ -196,27 +197,45 @@ def match_predictions(run: Path, predictions: dict[str, Array], digits: Digits, 
     return Results(indices, digits.images[indices], labels, predicted, confidences)
 
 
-def load_history(run: Path) -> History | None:
+def load_history(run: Path, monitored: str = "val_acc") -> History | None:
     """Loss and accuracy of each epoch from a run's TensorBoard events; None where there are none.
 
-    An epoch that was begun again after a stop counts as it ran last.
+    An epoch that was begun again after a stop counts as it ran last, one that was validated several times as it was at
+    its best.
+
+    Args:
+        run: its folder.
+        monitored: "val_acc" or "val_loss", whatever tells the best.
     """
     from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of what a stopped run logged twice
     events = EventAccumulator(str(run), size_guidance={SCALARS: 0})  # 0: every one
     events.Reload()
-    tags = ("train/loss", "train/acc", "val/loss", "val/acc")
-    if not {"epoch", *tags} <= set(events.Tags()["scalars"]):
+    there = set(events.Tags()["scalars"])
+    if not {"epoch", "train/loss", "train/acc"} <= there:
         return None
     epoch_of_step = {event.step: round(event.value) for event in events.Scalars("epoch")}
-    series = [
-        {epoch_of_step[event.step]: event.value for event in events.Scalars(tag) if event.step in epoch_of_step}
-        for tag in tags
-    ]
-    epochs = sorted(set.intersection(*(set(values) for values in series)))
-    if not epochs:
+
+    def read(*tags: str) -> dict[int, tuple[float, ...]]:
+        """Epoch -> values of tags that are logged together."""
+        found: dict[int, list[tuple[float, ...]]] = {}
+        series = [{event.step: event.value for event in events.Scalars(tag)} for tag in tags if tag in there]
+        for step in sorted(set.intersection(*map(set, series)) & epoch_of_step.keys()):
+            found.setdefault(epoch_of_step[step], []).append(tuple(values[step] for values in series))
+        return {epoch: _find_best(values, monitored) for epoch, values in found.items()}
+
+    train = read("train/loss", "train/acc")
+    val = read("val/loss", "val/acc") if {"val/loss", "val/acc"} <= there else {}
+    if not train:
         return None
-    return History(np.array(epochs) + 1, *(np.array([values[epoch] for epoch in epochs]) for values in series))
+    rows = [(epoch + 1, *values, *val.get(epoch, (np.nan, np.nan))) for epoch, values in sorted(train.items())]
+    return History(np.array([row[0] for row in rows]), *np.array(rows, float).T[1:])
+
+
+def _find_best(values: list[tuple[float, ...]], monitored: str) -> tuple[float, ...]:
+    """The first best of pairs of loss and accuracy."""
+    return min(values, key=lambda pair: pair[0]) if monitored == "val_loss" else max(values, key=lambda pair: pair[1])
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
@@ -257,9 +276,9 @@ def build_report(
         "reliability": figures.draw_reliability(confidences, results.correct),
         "least_sure": figures.draw_least_sure(images, labels, predictions, confidences, NUM_LEAST_SURE),
     }
-    best = 0
+    best = None
     if history is not None:
-        best = _find_best_epoch(history, config)
+        best = _find_best_epoch(history, _find_monitored(config))
         drawn["history"] = figures.draw_history(history, best)
     charts = {name: figures.render(figure) for name, figure in drawn.items()}
     wrong = np.flatnonzero(~results.correct)
@@ -271,6 +290,7 @@ def build_report(
         data=f"{num_images:,} test images ({'MNIST' if is_mnist else metrics.get('dataset', 'your own')})",
         accuracy=_accuracy(num_errors, num_images),
         interval=_interval(num_errors, num_images),
+        num_known=metrics.get("num_trained_on"),
         num_errors=num_errors,
         num_images=num_images,
         ece=f"{100 * bins.ece:.2f} %",
@@ -338,21 +358,31 @@ def _tell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _find_best_epoch(history: History, config: dict[str, Any]) -> int:
-    """Position of the epoch whose checkpoint was kept: the first best of what the run's config monitors."""
-    kept = config.get("best_checkpoint") or {}
-    monitored = str(kept.get("monitor")).replace("/", "_")
-    field = monitored if monitored in History._fields else "val_acc"
-    values = getattr(history, field)
-    return int(values.argmin() if field.endswith("loss") else values.argmax())
+def _find_monitored(config: dict[str, Any]) -> str:
+    """The field of a history that tells which epoch's checkpoint was kept."""
+    monitored = str((config.get("best_checkpoint") or {}).get("monitor")).replace("/", "_")
+    return monitored if monitored in History._fields else "val_acc"
 
 
-def _tell_history(history: History, best: int) -> dict[str, str]:
-    epoch, last = int(history.epochs[best]), int(history.epochs[-1])
+def _find_best_epoch(history: History, monitored: str) -> int | None:
+    """Position of the epoch whose checkpoint was kept: the first best; None where none was validated."""
+    values = getattr(history, monitored)
+    if np.isnan(values).all():
+        return None
+    return int(np.nanargmin(values) if monitored.endswith("loss") else np.nanargmax(values))
+
+
+def _tell_history(history: History, best: int | None) -> dict[str, str]:
+    last = int(history.epochs[-1])
+    if best is None:
+        alt = f"Loss and accuracy of training over {figures.format_count(last, 'epoch')}."
+        return {"text": "No epoch was validated, so none was kept as the best.", "alt": alt}
+    epoch = int(history.epochs[best])
     text = (
-        f"The best epoch was {epoch} of {last}: validation accuracy {100 * history.val_acc[best]:.2f} %, loss "
-        f"{history.val_loss[best]:.4f}; training accuracy {100 * history.train_acc[best]:.2f} %, loss "
-        f"{history.train_loss[best]:.4f}. Its weights were kept."
+        f"The best epoch, counted from 1, was {epoch} of {last}: "
+        f"validation accuracy {100 * history.val_acc[best]:.2f} %, loss {history.val_loss[best]:.4f}; "
+        f"training accuracy {100 * history.train_acc[best]:.2f} %, loss {history.train_loss[best]:.4f}. "
+        "Its weights were kept."
     )
     alt = f"Loss and accuracy of training and validation over {last} epochs; the best, {epoch}, is marked."
     return {"text": text, "alt": alt}
@@ -362,15 +392,15 @@ def _card(results: Results, i: int, seen: dict[int, int | None], *, mark_mistake
     """One image for the page. What is marked: a wrong label, and where not all of them are mistakes, a mistake."""
     actual, predicted = int(results.labels[i]), int(results.predictions[i])
     confidence = figures.format_percent(float(results.confidences[i]))
-    mark = "mistake" if mark_mistakes and actual != predicted else ""
+    marks = ["mistake"] if mark_mistakes and actual != predicted else []
     if i in seen:
-        mark = f"people see {'no digit' if seen[i] is None else seen[i]}"
+        marks.append(f"people see {'no digit' if seen[i] is None else seen[i]}")
     return {
         "picture": embed_digit(results.images[i]),
         "title": f"{actual} / {predicted}",
         "confidence": confidence,
         "index": int(results.indices[i]),
-        "mark": mark,
+        "mark": ", ".join(marks),
         "alt": f"Labelled {actual}, read as {predicted} with {confidence} confidence.",
     }
 
@@ -412,6 +442,9 @@ def _tell_pair(results: Results, *, is_mnist: bool) -> dict[str, str] | None:
         f"Most often it read {actual} as {predicted}: {counts[actual, predicted]:,} of {counts[actual].sum():,} images "
         f"of {actual}. The other way round: {counts[predicted, actual]:,}."
     )
+    others = counts - np.diag(counts.diagonal())
+    if ties := int((others == others[pair]).sum()) - 1:
+        text += f" {figures.format_count(ties, 'other pair')} of digits {'was' if ties == 1 else 'were'} as common."
     if is_mnist:
         text += (
             " The write-up's commonest, on the last 5,000 test images, was 7 read as 2: 5 of its 22 mistakes. "

@@ -88,19 +88,26 @@ def robustness(
     write_file(folder / "robustness.md", render_table(record).encode())
     corrupted = {name: accuracies[name] for name in CORRUPTIONS}
     title = f"{100 * mean:.1f} % right when spoiled, {100 * accuracies['clean']:.2f} % when not"
-    chart = figures.draw_robustness(corrupted, {name: PUBLISHED.get(name) for name in CORRUPTIONS}, title)
+    published = find_published(record)
+    chart = figures.draw_robustness(corrupted, {name: published.get(name) for name in CORRUPTIONS}, title)
     write_file(folder / "robustness.png", figures.render(chart))
     write_file(folder / "corruptions.png", figures.render(figures.draw_corruptions(examples)))
     print(f"{folder / 'robustness.md'}: the table; robustness.png and corruptions.png beside it")
 
 
+def find_published(record: dict[str, Any]) -> dict[str, float]:
+    """What is published of MNIST-C, where it is MNIST that was spoiled."""
+    return PUBLISHED if record["dataset"] == "mnist" else {}
+
+
 def render_table(record: dict[str, Any]) -> str:
     """The Markdown page of what ``robustness`` measured."""
+    known = find_published(record)
     rows: list[tuple[str, str, float, float | None]] = [("clean", "", record["accuracy"]["clean"], None)]
     for name, corruption in CORRUPTIONS.items():
         severity = f"{corruption.severity} of 5: " if corruption.severity else ""
-        rows.append((name, severity + corruption.description, record["accuracy"][name], PUBLISHED.get(name)))
-    rows.append(("mean of 15", "", record["mean_of_15"], PUBLISHED["mean"]))
+        rows.append((name, severity + corruption.description, record["accuracy"][name], known.get(name)))
+    rows.append(("mean of 15", "", record["mean_of_15"], known.get("mean")))
     lines = ["| corruption | severity | accuracy | plain CNN, published |", "|---|---|---:|---:|"]
     for name, severity, accuracy, published in rows:
         lines.append(
