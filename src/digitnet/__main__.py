@@ -40,7 +40,7 @@ COMMANDS = {
     "convert": ("digitnet.apply.keras_weights:convert", "Keras weights (.h5, .weights.h5, .keras) to .ckpt, and back"),
 }
 
-# What follows a command of Lightning's once it is done, given the run's folder.
+# What follows a command of Lightning's once it is done, given the run's folder or, outside one, that of the report.
 FOLLOW_UPS = {"test": "digitnet.study.report:report"}
 
 HELP = """\
@@ -86,8 +86,8 @@ def main(args: list[str] | None = None) -> int:
         function = load_function(COMMANDS[command][0])
         if function.__module__ == "digitnet.cli":
             cli = function(args)
-            if command in FOLLOW_UPS and cli.run_dir and cli.trainer.is_global_zero:
-                load_function(FOLLOW_UPS[command])(cli.run_dir)
+            if command in FOLLOW_UPS and cli.trainer.is_global_zero:
+                load_function(FOLLOW_UPS[command])(cli.tested)
         else:
             code = run_function(function, command, args[1:])
     except (ValueError, OSError) as error:

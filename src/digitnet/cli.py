@@ -45,6 +45,7 @@ from digitnet.checkpoints import (
     LOG_DIR,
     choose_resumable,
     count_trained_on,
+    find_folder,
     find_newest,
     find_run,
     is_of_architecture,
@@ -54,6 +55,7 @@ from digitnet.checkpoints import (
 from digitnet.classifier import DigitClassifier
 from digitnet.data import MNISTDataModule
 from digitnet.errors import OneLineErrors
+from digitnet.files import shorten
 from digitnet.guards import FIXED, claim_folder, explain_failures, verify_clipping, verify_monitor, verify_settings
 from digitnet.imports import limit_imports
 from digitnet.machine import choose_precision, keep_freed_memory
@@ -265,6 +267,7 @@ class DigitCLI(LightningCLI):
             callbacks.append(PrintEpochs())
         else:
             assert self.checkpoint is not None
+            self.tested = self.run_dir or shorten(find_folder(self.checkpoint, "report"))
             callbacks.append(WriteScores(self.checkpoint, self.command))
         plugins = settings.plugins or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), WholeCheckpointIO()]

@@ -16,6 +16,7 @@ from digitnet.apply.predictor import Predictor
 from digitnet.checkpoints import load_net
 from digitnet.data import load_bundled_digits
 from digitnet.model import DigitNet
+from digitnet.study.report import report
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,13 @@ def test_test_scores_the_mean_of_the_members(
     assert digitnet("test", "--ckpt_path", committee, "--trainer.precision", "32-true") == 0
     metrics = json.loads((tmp_path / "all_report" / "metrics.json").read_text())
     assert metrics["num_errors"] == int((mean.argmax(dim=1) != labels).sum())
+    report(tmp_path / "all_report")  # as test itself does; the fixture leaves that out
+    page = (tmp_path / "all_report" / "report.html").read_text()
+    assert "on 180 test images (digits)" in page
+    assert "This checkpoint lies outside a run's folder" in page
+    (tmp_path / "all_report" / "predictions.csv").unlink()
+    with pytest.raises(FileNotFoundError, match=r"test again: python -m digitnet test --ckpt_path .*/all\.ckpt$"):
+        report(tmp_path / "all_report")
 
     found = np.array([reading.probabilities for reading in Predictor.load(committee).read(digits.images[-180:])])
     temperature = float(torch.load(committee, weights_only=True)["calibration"]["temperature"])

@@ -77,27 +77,33 @@ def report(run: Path | None = None) -> None:
     """Write <run>/report/report.html and its figures for a run that has been tested.
 
     Args:
-        run: the run's folder, such as lightning_logs/final/version_0; by default the one tested last.
+        run: the run's folder, such as lightning_logs/final/version_0, or what test left of a checkpoint outside a run,
+            such as committee_report; by default the run tested last.
 
     Raises:
         FileNotFoundError: there is no such run, or it has not been tested yet.
         ValueError: what the test left is damaged, or is not about the run's data.
     """
     run = find_tested_run() if run is None else run
-    metrics = load_metrics(run)
-    predictions = load_predictions(run, int(metrics["num_images"]))
-    config = read_config(run / "config.yaml")
+    is_outside = (run / "metrics.json").is_file()
+    folder = run if is_outside else run / "report"
+    metrics = load_metrics(run, folder)
+    predictions = load_predictions(run, folder, int(metrics["num_images"]))
+    config = {} if is_outside else read_config(run / "config.yaml")
     module = load_data_module(config)
     digits = fetch_digits(str(metrics.get("dataset") or module.source), module.data_dir)
-    results = match_predictions(run, predictions, digits, int(metrics["num_errors"]))
-    history = load_history(run, _find_monitored(config))
+    try:
+        results = match_predictions(predictions, digits, int(metrics["num_errors"]))
+    except ValueError as error:
+        raise ValueError(f"{folder / 'predictions.csv'}: {error}; test again: {_test_command(run)}") from error
+    history = None if is_outside else load_history(run, _find_monitored(config))
     page, charts = build_report(run, metrics, config, results, history, is_mnist=_is_mnist(digits))
     for name, png in charts.items():
-        write_file(run / "report" / f"{name}.png", png)
-    write_file(run / "report" / "report.html", page)
+        write_file(folder / f"{name}.png", png)
+    write_file(folder / "report.html", page)
     num_errors, num_images = int((~results.correct).sum()), len(results.labels)
     print(
-        f"{run / 'report' / 'report.html'}: accuracy {100 * (1 - num_errors / num_images):.2f} %, "
+        f"{folder / 'report.html'}: accuracy {100 * (1 - num_errors / num_images):.2f} %, "
         f"{figures.format_count(num_errors, 'mistake')} in {num_images:,} images"
     )
 
@@ -117,14 +123,14 @@ def find_tested_run(log_dir: Path = LOG_DIR) -> Path:
     return tested[-1].parent.parent
 
 
-def load_metrics(run: Path) -> dict[str, Any]:
-    """What ``test`` measured: ``<run>/report/metrics.json``.
+def load_metrics(run: Path, folder: Path) -> dict[str, Any]:
+    """What ``test`` measured of a run: ``metrics.json`` in a folder, the run's ``report/`` or itself.
 
     Raises:
         FileNotFoundError: no such run, or no test yet.
         ValueError: damaged, or without the number of images and mistakes.
     """
-    path = run / "report" / "metrics.json"
+    path = folder / "metrics.json"
     if not run.is_dir():
         raise FileNotFoundError(
             f"{run}: no such run; give the folder of one, such as {LOG_DIR / 'final' / 'version_0'}"
@@ -142,11 +148,12 @@ def load_metrics(run: Path) -> dict[str, Any]:
     return dict(metrics)
 
 
-def load_predictions(run: Path, num_images: int) -> dict[str, Array]:
-    """What the network said of each test image: the columns of ``<run>/report/predictions.csv``, (N,) each.
+def load_predictions(run: Path, folder: Path, num_images: int) -> dict[str, Array]:
+    """What the network said of each test image: the columns of ``predictions.csv``, (N,) each.
 
     Args:
-        run: its folder.
+        run: its folder, to name it.
+        folder: where the file is.
         num_images: how many rows there must be.
 
     Raises:
@@ -155,7 +162,7 @@ def load_predictions(run: Path, num_images: int) -> dict[str, Array]:
     """
     import pandas as pd
 
-    path = run / "report" / "predictions.csv"
+    path = folder / "predictions.csv"
     types = {"index": int, "label": int, "prediction": int, "confidence": float}
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing; test again: {_test_command(run)}")
@@ -172,11 +179,10 @@ def load_predictions(run: Path, num_images: int) -> dict[str, Array]:
     return columns
 
 
-def match_predictions(run: Path, predictions: dict[str, Array], digits: Digits, num_errors: int) -> Results:
+def match_predictions(predictions: dict[str, Array], digits: Digits, num_errors: int) -> Results:
     """Put the predictions beside the images they are about.
 
     Args:
-        run: its folder, to name it.
         predictions: what ``load_predictions`` returned.
         digits: the run's whole data set.
         num_errors: how many mistakes there must be.
@@ -193,7 +199,7 @@ def match_predictions(run: Path, predictions: dict[str, Array], digits: Digits, 
     elif (found := int((labels != predicted).sum())) != num_errors:
         fault = f"it has {found:,} mistakes, where metrics.json counts {num_errors:,}"
     if fault:
-        raise ValueError(f"{run / 'report' / 'predictions.csv'}: {fault}; test again: {_test_command(run)}")
+        raise ValueError(fault)
     return Results(indices, digits.images[indices], labels, predicted, confidences)
 
 
@@ -299,6 +305,7 @@ def build_report(
         facts=_list_facts(metrics, config, history),
         charts={name: embed_png(png) for name, png in charts.items()},
         history=_tell_history(history, best) if history is not None else None,
+        is_outside=not config,
         confusion_alt=_describe_confusions(labels, predictions),
         mistakes=[_card(results, i, seen) for i in wrong[:MAX_CARDS]],
         known_wrong=_tell_known_wrong(results, wrong, seen),
@@ -468,7 +475,7 @@ def _compare(results: Results, config: dict[str, Any]) -> dict[str, Any]:
         dict(zip(("network", "distortions", "error", "source"), row, strict=True), ours=False) for row in LECUN_TABLE
     ]
     augmentation = (config.get("data") or {}).get("augmentation") or {}
-    distortions = str(augmentation.get("class_path", "none")).rpartition(".")[2]
+    distortions = str(augmentation.get("class_path", "none")).rpartition(".")[2] if config else "not known"
     for rows, counted in ((easy, last), (full, whole)):
         if counted:
             rows.insert(0, _row("This run", distortions, *counted, ours=True))
@@ -515,7 +522,9 @@ def _score(value: float) -> str:
 
 
 def _test_command(run: Path) -> str:
-    return f"python -m digitnet test --ckpt_path {run / 'checkpoints' / 'best.ckpt'}"
+    outside = run.with_name(f"{run.name.removesuffix('_report')}.ckpt")
+    checkpoint = outside if (run / "metrics.json").exists() else run / "checkpoints" / "best.ckpt"
+    return f"python -m digitnet test --ckpt_path {checkpoint}"
 
 
 def _is_mnist(digits: Digits) -> bool:
