@@ -31,7 +31,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from digitnet.checkpoints import verify_checkpoint
-from digitnet.files import replace_whole
+from digitnet.files import PART, replace_whole
 from digitnet.machine import describe_hardware, list_versions
 
 ROOT = Path(__file__).parent.parent
@@ -123,7 +123,7 @@ def kill_once(fit: list[str], after_s: float, while_saving: bool, expected: dict
         process = start(folder, fit)
         begin = wait_for_folder(folder, process)
         time.sleep(max(0.0, begin + after_s - time.monotonic()))
-        while while_saving and process.is_alive() and not list((folder / RUN).glob("checkpoints/.*.part")):
+        while while_saving and process.is_alive() and not list((folder / RUN).glob(f"checkpoints/{PART}*")):
             pass
         process.kill()
         process.join()
@@ -132,7 +132,7 @@ def kill_once(fit: list[str], after_s: float, while_saving: bool, expected: dict
         trial: dict[str, Any] = {
             "after_s": round(after_s, 3),
             "epochs_kept": torch.load(checkpoints / "last.ckpt", weights_only=True)["epoch"] + 1 if has_last else 0,
-            "was_saving": bool(list(folder.rglob("*.part"))),
+            "was_saving": bool(list(folder.rglob(f"{PART}*"))),
             "had_ended": process.exitcode == 0,
             "torn": find_torn(folder),
         }
@@ -145,7 +145,7 @@ def kill_once(fit: list[str], after_s: float, while_saving: bool, expected: dict
         trial["resumed"] = again.exitcode == 0
         if again.exitcode == 0:
             trial["differs"] = compare(expected, load_result(folder))
-            trial["left_behind"] = [path.name for path in (folder / RUN).rglob("*.part")]
+            trial["left_behind"] = [path.name for path in (folder / RUN).rglob(f"{PART}*")]
         else:
             trial["output"] = (folder / "output.txt").read_text()[-2000:]
         return trial

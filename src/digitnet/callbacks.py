@@ -62,6 +62,8 @@ class RunEarlyStopping(EarlyStopping):
         by_threshold = self.stopping_reason in (Reason.STOPPING_THRESHOLD, Reason.DIVERGENCE_THRESHOLD)
         thresholds = [self.stopping_threshold, self.divergence_threshold]
         self.has_met_threshold = by_threshold and state_dict.get("thresholds") == thresholds
+        if by_threshold and not self.has_met_threshold:  # Lightning would keep the old reason for good
+            self.stopping_reason, self.stopping_reason_message = Reason.NOT_STOPPED, None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         ended = self.has_met_threshold or self.wait_count >= max(self.patience, 1)
@@ -251,7 +253,8 @@ def flatten_settings(settings: dict[str, Any], prefix: str = "") -> dict[str, An
 class HyperparameterSummary(Callback):
     """Give TensorBoard's HPARAMS page the run's settings, and ``hp/val_acc`` and ``hp/val_loss`` of its best epoch.
 
-    The best so far, as the run's ModelCheckpoint with a ``monitor`` has it: the figures are those of ``best.ckpt``.
+    The best so far, as the run's ModelCheckpoint with a ``monitor`` has it, so that they are those of ``best.ckpt``;
+    the one of best accuracy where that goes by a training metric.
 
     Args:
         settings: what the page compares runs by, as a config has it.
@@ -290,7 +293,8 @@ class HyperparameterSummary(Callback):
         return {"figures": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best = state_dict.get("figures", {})
+        before = {"val/acc": state_dict["best"], "val/loss": torch.inf} if "best" in state_dict else {}  # older ones
+        self.best = state_dict.get("figures", before)
 
 
 class StopOnNaN(Callback):
@@ -334,7 +338,8 @@ class StopCleanly(Callback):
 
     def __init__(self) -> None:
         self.terminated = False
-        self.before: Any = None  # the handler to put back after calibrating
+        self.is_calibrating = False
+        self.before: Any = None  # the handler to put back after that
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if threading.current_thread() is not threading.main_thread():
@@ -349,10 +354,12 @@ class StopCleanly(Callback):
         # Lightning is done by now, but calibrating takes minutes.
         if trainer.is_global_zero and threading.current_thread() is threading.main_thread():
             self.before = signal.signal(signal.SIGTERM, self._terminate)
+            self.is_calibrating = True
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if self.before is not None:
-            signal.signal(signal.SIGTERM, self.before)
+        if self.is_calibrating:
+            signal.signal(signal.SIGTERM, self.before or signal.SIG_DFL)
+            self.is_calibrating = False
 
     def _terminate(self, signum: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -360,12 +367,16 @@ class StopCleanly(Callback):
         raise KeyboardInterrupt
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        was_calibrating = self.is_calibrating
+        self.teardown(trainer, pl_module, "fit")
         if not isinstance(exception, KeyboardInterrupt):
             return
         last = find_keeper(trainer, of_best=False)
-        if self.before is not None:
-            self.teardown(trainer, pl_module, "fit")
-            rank_zero_info("stopped while calibrating, the training done; fit --ckpt_path last calibrates anew")
+        if last and last.best_model_path and was_calibrating:
+            rank_zero_info(
+                "stopped while calibrating, the training done. "
+                f"To calibrate: python -m digitnet fit --ckpt_path {last.best_model_path}"
+            )
         elif last and last.best_model_path:
             rank_zero_info(
                 f"stopped in epoch {trainer.current_epoch}; the epochs before it are kept. "

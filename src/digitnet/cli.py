@@ -253,7 +253,8 @@ class DigitCLI(LightningCLI):
             summary |= {**config.model.as_dict(), **config.data.as_dict()}
             summary |= {name: config.trainer[name] for name in SUMMARIZED}
             summary |= {"patience": config.early_stopping.patience, "kept": config.best_checkpoint.monitor}
-            summary |= {type(one).__name__: getattr(one, "decay", True) for one in callbacks}
+            own = [one for one in callbacks if not isinstance(one, ProgressBar)]
+            summary |= {type(one).__name__: getattr(one, "decay", True) for one in own}
             config.ckpt_path = None  # config.yaml describes a run, not this call; with it, a new one can be started
             if self.run_dir:
                 config.trainer.logger.init_args.version = None
@@ -263,7 +264,8 @@ class DigitCLI(LightningCLI):
             callbacks += [SeedEachEpoch(), StopOnNaN(), Throughput(), HyperparameterSummary(summary)]
             callbacks += [self.stop, RestoreBestWeights(), calibrate]
             if settings.logger is not False:
-                callbacks.append(LearningRateMonitor())  # each schedule as often as it steps
+                is_scheduled = config.model.lr_scheduler is not None  # then every 50 steps, where it steps so often
+                callbacks.append(LearningRateMonitor(None if is_scheduled else "epoch"))
             callbacks.append(PrintEpochs())
         else:
             assert self.checkpoint is not None

@@ -158,8 +158,9 @@ def draw_history(history: History, best: int | None) -> Figure:
         if there.any():
             axes.plot(epochs[there], val[there], color=BLUE, label="validation", **marker)
         if best is not None:
+            height = val[best] if there[best] else train[best]
             axes.plot(
-                epochs[best], val[best], "*", color=BLUE, markersize=15, markeredgecolor="white",
+                epochs[best], height, "*", color=BLUE, markersize=15, markeredgecolor="white",
                 label=f"best epoch: {epochs[best]}",
             )  # fmt: skip
         axes.grid(axis="y", color=PALE, linewidth=0.8)

@@ -283,7 +283,11 @@ def _check_dropouts(**dropouts: float) -> None:
 
 def to_levels(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Images in [0, 1]: uint8 ones are scaled, others are so already; in the precision given."""
-    return images.to(dtype) / 255 if images.dtype == torch.uint8 else images.to(dtype)
+    if images.dtype == torch.uint8:
+        return images.to(dtype) / 255
+    if not images.is_floating_point():
+        raise TypeError(f"images are {images.dtype}; they must be uint8 in [0, 255], or floating point in [0, 1]")
+    return images.to(dtype)
 
 
 @torch.no_grad()

@@ -96,6 +96,7 @@ class WriteScores(CollectScores):
         config = (run_dir / "config.yaml").read_bytes() if run_dir else None
         metrics = {
             "dataset": data.source,
+            "data_dir": str(data.data_dir) if data.data_dir else None,
             "subset": subset,
             "split": list(data.split),
             "first_index": start,

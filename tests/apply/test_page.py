@@ -208,6 +208,8 @@ def test_a_palm_beside_the_pen_draws_nothing(page: Page) -> None:
             }
             act("up", 1, "touch", [0.1, 0.95]);
             act("up", 2, "pen", points.at(-1));
+            act("down", 3, "touch", [0.9, 0.9]);  // the hand rests between strokes
+            act("up", 3, "touch", [0.9, 0.9]);
         }""",
         STROKES[7][0],
     )
@@ -236,6 +238,20 @@ def test_a_photo_that_is_still_opened_gives_way_to_what_comes_after(page: Page) 
     page.wait_for_timeout(300)
     expect(page.locator("#verdict")).to_have_text("Nothing yet")
     page.set_input_files("#photo", seven)
+    page.evaluate("opened()")
+    expect(page.locator("#digit")).to_have_text("7")
+    page.keyboard.press("Escape")
+
+    held: list[Route] = []
+    page.route("**/predict*", lambda route: held.append(route))
+    draw(page, STROKES[7])
+    draw(page, [[(0.36, 0.5), (0.64, 0.5)]])  # more to ask about when the first answer is there
+    page.wait_for_timeout(100)
+    page.set_input_files("#photo", seven)
+    page.wait_for_timeout(300)
+    assert len(held) == 1  # nothing more is asked about the drawing
+    expect(page.locator("#verdict")).to_have_text("Reading …")
+    page.unroute("**/predict*")
     page.evaluate("opened()")
     expect(page.locator("#digit")).to_have_text("7")
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import QUICKSTART, SHORT, Run
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
 from digitnet.data import load_bundled_digits
@@ -222,9 +223,15 @@ def test_a_history_has_all_epochs_validated_or_not(
         state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]
         scores = [one["best_model_score"] for key, one in state.items() if "val/loss" in key and "Checkpoint" in key]
         assert np.nanmin(history.val_loss) == pytest.approx(float(scores[0]))
+        whole = load_history(run)
+        assert whole is not None
+        events = EventAccumulator(str(run))
+        events.Reload()
+        assert whole.val_loss.tolist() == [event.value for event in events.Scalars("val/loss")][1::2]  # each's last
     assert digitnet("test", "--ckpt_path", run / "checkpoints" / name) == 0
-    report(run)
+    report(run / "report")  # the run's, too
     said = read_page(run).text
+    assert "outside a run" not in said
     assert ("No epoch was validated" in said) is (not any(validated))
     assert "3 epochs" in said
 

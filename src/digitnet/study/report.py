@@ -85,13 +85,16 @@ def report(run: Path | None = None) -> None:
         ValueError: what the test left is damaged, or is not about the run's data.
     """
     run = find_tested_run() if run is None else run
+    if run.name == "report" and (run.parent / "config.yaml").is_file():
+        run = run.parent
     is_outside = (run / "metrics.json").is_file()
     folder = run if is_outside else run / "report"
     metrics = load_metrics(run, folder)
     predictions = load_predictions(run, folder, int(metrics["num_images"]))
     config = {} if is_outside else read_config(run / "config.yaml")
     module = load_data_module(config)
-    digits = fetch_digits(str(metrics.get("dataset") or module.source), module.data_dir)
+    data_dir = metrics.get("data_dir") or module.data_dir
+    digits = fetch_digits(str(metrics.get("dataset") or module.source), Path(data_dir) if data_dir else None)
     try:
         results = match_predictions(predictions, digits, int(metrics["num_errors"]))
     except ValueError as error:
@@ -203,15 +206,15 @@ def match_predictions(predictions: dict[str, Array], digits: Digits, num_errors:
     return Results(indices, digits.images[indices], labels, predicted, confidences)
 
 
-def load_history(run: Path, monitored: str = "val_acc") -> History | None:
+def load_history(run: Path, monitored: str | None = None) -> History | None:
     """Loss and accuracy of each epoch from a run's TensorBoard events; None where there are none.
 
-    An epoch that was begun again after a stop counts as it ran last, one that was validated several times as it was at
-    its best.
+    An epoch that was begun again after a stop counts as it ran last.
 
     Args:
         run: its folder.
-        monitored: "val_acc" or "val_loss", whatever tells the best.
+        monitored: a field that tells which of several validations of an epoch counts, the best by it; by default the
+            last does.
     """
     from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
@@ -239,9 +242,11 @@ def load_history(run: Path, monitored: str = "val_acc") -> History | None:
     return History(np.array([row[0] for row in rows]), *np.array(rows, float).T[1:])
 
 
-def _find_best(values: list[tuple[float, ...]], monitored: str) -> tuple[float, ...]:
-    """The first best of pairs of loss and accuracy."""
-    return min(values, key=lambda pair: pair[0]) if monitored == "val_loss" else max(values, key=lambda pair: pair[1])
+def _find_best(values: list[tuple[float, ...]], monitored: str | None) -> tuple[float, ...]:
+    """The first best of pairs of loss and accuracy, or the last."""
+    if monitored == "val_loss":
+        return min(values, key=lambda pair: pair[0])
+    return max(values, key=lambda pair: pair[1]) if monitored == "val_acc" else values[-1]
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
@@ -385,9 +390,9 @@ def _tell_history(history: History, best: int | None) -> dict[str, str]:
         alt = f"Loss and accuracy of training over {figures.format_count(last, 'epoch')}."
         return {"text": "No epoch was validated, so none was kept as the best.", "alt": alt}
     epoch = int(history.epochs[best])
+    val = f"validation accuracy {100 * history.val_acc[best]:.2f} %, loss {history.val_loss[best]:.4f}; "
     text = (
-        f"The best epoch, counted from 1, was {epoch} of {last}: "
-        f"validation accuracy {100 * history.val_acc[best]:.2f} %, loss {history.val_loss[best]:.4f}; "
+        f"The best epoch, counted from 1, was {epoch} of {last}: {'' if np.isnan(history.val_acc[best]) else val}"
         f"training accuracy {100 * history.train_acc[best]:.2f} %, loss {history.train_loss[best]:.4f}. "
         "Its weights were kept."
     )
@@ -523,7 +528,7 @@ def _score(value: float) -> str:
 
 def _test_command(run: Path) -> str:
     outside = run.with_name(f"{run.name.removesuffix('_report')}.ckpt")
-    checkpoint = outside if (run / "metrics.json").exists() else run / "checkpoints" / "best.ckpt"
+    checkpoint = outside if (run / "metrics.json").is_file() else run / "checkpoints" / "best.ckpt"
     return f"python -m digitnet test --ckpt_path {checkpoint}"
 
 

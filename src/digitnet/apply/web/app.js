@@ -7,6 +7,7 @@ const LOOK_SIDE = 1536; // pixels; the server looks no closer
 const KNOWN = /^image\/(png|jpeg|bmp|webp|tiff|gif)$/; // what the server opens
 const PAUSE_MS = 60; // between two questions
 const RETRY_MS = 1500;
+const PALM_MS = 1000; // so soon after a pen, what touches is a palm
 const SPEAK_MS = 900; // a screen reader speaks when the hand has rested so long
 
 const $ = (id) => document.getElementById(id);
@@ -22,6 +23,7 @@ let past = []; // earlier sheets, for undo
 let edits = 0; // counts what was done to the paper
 let stroke = null; // under the hand
 let hand = null; // the pointer that draws it; another, such as the palm beside a pen, draws nothing
+let penTime = -Infinity; // when a pen was here last
 
 const isBlank = () => !sheet.photo && !sheet.strokes.length && !stroke;
 
@@ -136,6 +138,7 @@ function pointAt(event) {
 paper.addEventListener("pointerdown", (event) => {
   if (!event.isPrimary || event.button !== 0) return;
   if (stroke && (hand.type === "pen" || event.pointerType !== "pen")) return; // a pen takes over from the palm
+  if (event.pointerType === "touch" && event.timeStamp - penTime < PALM_MS) return;
   event.preventDefault();
   hand = { id: event.pointerId, type: event.pointerType };
   paper.setPointerCapture(event.pointerId);
@@ -157,8 +160,9 @@ paper.addEventListener("pointermove", (event) => {
   reader.ask();
 });
 
-for (const name of ["pointerup", "pointercancel"]) {
+for (const name of ["pointerup", "pointercancel", "lostpointercapture"]) {
   paper.addEventListener(name, (event) => {
+    if (event.pointerType === "pen") penTime = event.timeStamp;
     if (!stroke || event.pointerId !== hand.id) return;
     const next = { photo: null, strokes: [...sheet.strokes, stroke] };
     stroke = null;
@@ -171,10 +175,12 @@ for (const name of ["pointerup", "pointercancel"]) {
 
 async function place(file) {
   if (!file) return;
-  if (!file.size) return showProblem("The file is empty.");
   const before = ++edits;
   reader.forget();
+  showSeen(null, []);
+  if (!file.size) return showProblem("The file is empty.");
   showResult("empty", null, "Reading …", "", null);
+  speak("Reading …");
   const picture = await createImageBitmap(file).catch(() => null); // null: perhaps the server can read it
   const sent = await shrink(file, picture);
   if (edits !== before) return; // something else was put on the paper meanwhile
@@ -217,20 +223,22 @@ for (const name of ["dragover", "dragleave", "drop"]) {
 /** Asks one question at a time, always about the latest picture, so that no old answer can follow a new one. */
 const reader = {
   asked: 0, // counts what was drawn
+  answered: 0, // the last of these that needs no more asking
   asking: false,
   stop: new AbortController(),
 
   forget() {
     this.stop.abort();
     this.stop = new AbortController();
+    this.answered = this.asked;
   },
 
   async ask() {
     this.asked += 1;
     if (this.asking) return;
     this.asking = true;
-    for (let answered = 0; answered !== this.asked && !isBlank(); await wait(PAUSE_MS)) {
-      answered = this.asked;
+    for (; this.answered !== this.asked && !isBlank(); await wait(PAUSE_MS)) {
+      this.answered = this.asked;
       const { signal } = this.stop;
       try {
         const answer = await this.send(signal);
@@ -240,7 +248,7 @@ const reader = {
         showProblem(problem.message);
         if (problem.passes) {
           await wait(RETRY_MS);
-          answered -= 1; // once more
+          if (!signal.aborted) this.answered -= 1; // once more
         }
       }
     }
