@@ -226,19 +226,21 @@ def load_history(run: Path, monitored: str | None = None) -> History | None:
         return None
     epoch_of_step = {event.step: round(event.value) for event in events.Scalars("epoch")}
 
-    def read(*tags: str) -> dict[int, tuple[float, ...]]:
-        """Epoch -> values of tags that are logged together."""
+    def read(*tags: str) -> dict[int, list[tuple[float, ...]]]:
+        """Epoch -> values of tags that are logged together, each time that they were."""
         found: dict[int, list[tuple[float, ...]]] = {}
-        series = [{event.step: event.value for event in events.Scalars(tag)} for tag in tags if tag in there]
+        series = [{event.step: event.value for event in events.Scalars(tag)} if tag in there else {} for tag in tags]
         for step in sorted(set.intersection(*map(set, series)) & epoch_of_step.keys()):
             found.setdefault(epoch_of_step[step], []).append(tuple(values[step] for values in series))
-        return {epoch: _find_best(values, monitored) for epoch, values in found.items()}
+        return found
 
-    train = read("train/loss", "train/acc")
-    val = read("val/loss", "val/acc") if {"val/loss", "val/acc"} <= there else {}
+    train, val = read("train/loss", "train/acc"), read("val/loss", "val/acc")
     if not train:
         return None
-    rows = [(epoch + 1, *values, *val.get(epoch, (np.nan, np.nan))) for epoch, values in sorted(train.items())]
+    rows = [
+        (epoch + 1, *values[-1], *_find_best(val.get(epoch, [(np.nan, np.nan)]), monitored))
+        for epoch, values in sorted(train.items())
+    ]
     return History(np.array([row[0] for row in rows]), *np.array(rows, float).T[1:])
 
 
