@@ -101,7 +101,7 @@ class WriteScores(CollectScores):
             "split": list(data.split),
             "first_index": start,
             "checkpoint": str(self.checkpoint),
-            "epoch": stored.get("epoch"),
+            "epoch": stored.get("epoch") if stored.get("global_step") else None,  # null: no training's own checkpoint
             "num_images": num_images,
             "num_trained_on": min(num_images, count_trained_on(read_data_settings(stored), data.source, start)),
             "num_errors": num_errors,

@@ -56,6 +56,7 @@ def test_test_scores_the_mean_of_the_members(
     page = (tmp_path / "all_report" / "report.html").read_text()
     assert "on 180 test images (digits)" in page
     assert "This checkpoint lies outside a run's folder" in page
+    assert "after epoch" not in page
     (tmp_path / "all_report" / "predictions.csv").unlink()
     with pytest.raises(FileNotFoundError, match=r"test again: python -m digitnet test --ckpt_path .*/all\.ckpt$"):
         report(tmp_path / "all_report")
