@@ -208,6 +208,7 @@ class DigitCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         if self.subcommand != "fit":
+            warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")  # the callbacks of fit
             # Every image is scored, whatever the training left out; nothing is logged.
             config.trainer.logger = config.trainer.fast_dev_run = False
             config.trainer.limit_val_batches = config.trainer.limit_test_batches = None
@@ -398,7 +399,6 @@ def prepare_process() -> None:
 def hide_noise() -> None:
     """Filter out what is not for our users: a summary's remark on bfloat16, the like, and advertisements."""
     warnings.filterwarnings("ignore", message=".*does not have many workers")
-    warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")  # scoring takes none of fit's
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # going on with a run
     warnings.filterwarnings("ignore", message="ReduceLROnPlateau conditioned on .* Skipping learning rate update")
     warnings.filterwarnings("ignore", message="Precision .* is not supported by the model summary")
