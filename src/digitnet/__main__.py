@@ -90,6 +90,9 @@ def main(args: list[str] | None = None) -> int:
                 load_function(FOLLOW_UPS[command])(cli.tested)
         else:
             code = run_function(function, command, args[1:])
+    except BrokenPipeError:  # as of `| head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at its end
+        return 141
     except (ValueError, OSError) as error:
         if os.environ.get("DIGITNET_DEBUG"):
             raise

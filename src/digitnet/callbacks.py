@@ -336,6 +336,8 @@ class StopCleanly(Callback):
     Lightning's own handler asks the other processes from within itself, and may wait for them for ever.
     """
 
+    advises = True  # how to go on
+
     def __init__(self) -> None:
         self.terminated = False
         self.is_calibrating = False
@@ -370,6 +372,9 @@ class StopCleanly(Callback):
         was_calibrating = self.is_calibrating
         self.teardown(trainer, pl_module, "fit")
         if not isinstance(exception, KeyboardInterrupt):
+            return
+        if not self.advises:
+            rank_zero_info("stopped")
             return
         last = find_keeper(trainer, of_best=False)
         if last and last.best_model_path and was_calibrating:

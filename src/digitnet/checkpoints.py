@@ -172,7 +172,9 @@ def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
             part.write_bytes(content.getbuffer())
     except OSError as error:
         kept = "the one before it is kept" if path.is_file() else "nothing is kept"
-        advice = ". Make room, then go on: python -m digitnet fit --ckpt_path last" if find_run(path) else ""
+        last = path.with_name("last.ckpt")
+        can_go_on = last.is_file() and find_run(last)
+        advice = f". Make room, then go on: python -m digitnet fit --ckpt_path {shorten(last)}" if can_go_on else ""
         raise OSError(f"cannot save {path} ({os.strerror(error.errno or 0)}); {kept}{advice}") from error
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,8 +25,28 @@ def replace_whole(path: Path) -> Iterator[Path]:
         with part.open("r+b") as file:  # Windows forces to disk only what could be written
             os.fsync(file.fileno())
         part.replace(path)
+    except OSError as error:
+        if error.errno and not error.filename:  # a full disk does not say of which file
+            error.filename = str(path)
+        raise
     finally:
         part.unlink(missing_ok=True)  # also after a rename: that of a second name of the same file does nothing
+
+
+def make_writable(folder: Path, flag: str) -> None:
+    """Make a folder if it is not there, and try it, before hours of work whose results it shall keep.
+
+    Raises:
+        OSError: it cannot be written; the message names the flag that names another.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        in_way = error.errno in (errno.EEXIST, errno.ENOTDIR)
+        why = "a file is in the way" if in_way else os.strerror(error.errno or 0)
+        raise OSError(f"cannot write to {folder} ({why}); name another place with {flag}") from error
 
 
 def shorten(path: str | Path) -> Path:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import tempfile
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from digitnet.classifier import METRICS
 from digitnet.errors import nearest_name
-from digitnet.files import PART
+from digitnet.files import PART, make_writable
 
 # What makes best.ckpt the best epoch's and last.ckpt the last one's.
 FIXED_FOR_BOTH = {
@@ -31,6 +30,7 @@ FIXED: dict[str, dict[str, Any]] = {
         "save_on_train_epoch_end": True,
     },
 }  # fmt: skip
+LOCK = ".lock"  # a file in each run's folder, held by the process that is at work in it
 AT_LEAST = {"trainer.check_val_every_n_epoch": 1, "trainer.accumulate_grad_batches": 1, "early_stopping.patience": 0}
 
 
@@ -46,28 +46,45 @@ def claim_folder(logger: TensorBoardLogger, to_go_on: bool) -> Iterator[None]:
         OSError: the folder cannot be made or written.
         ValueError: another ``fit`` is at work in it, or it holds another run.
     """
-    is_named = logger._version is not None
-    try:
-        Path(logger.log_dir).parent.mkdir(parents=True, exist_ok=True)
+    flag = "--trainer.logger.save_dir"
+    if logger._version is None:
+        make_writable(Path(logger.log_dir).parent, flag)
         while True:
-            folder = Path(logger.log_dir)
             try:
-                folder.mkdir(exist_ok=is_named)
+                Path(logger.log_dir).mkdir()
                 break
             except FileExistsError:
-                if is_named:
-                    raise
                 logger._version = None  # another process was faster: look for the next one again
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OSError(
-            f"cannot write to {logger.log_dir} ({os.strerror(error.errno or 0)}); "
-            "name another place with --trainer.logger.save_dir"
-        ) from error
+    folder = Path(logger.log_dir)
+    make_writable(folder, flag)
     if (folder / "config.yaml").exists() and not to_go_on:
         raise ValueError(f"{folder} holds a run; go on with fit --ckpt_path {folder}/checkpoints/last.ckpt")
-    lock = FileLock(folder / ".lock")
+    with _lock(folder) as is_locked:
+        if is_locked:
+            for abandoned in folder.rglob(f"{PART}*"):  # by a process that was killed: no other is at work here
+                abandoned.unlink(missing_ok=True)
+        yield
+
+
+def discard_run(folder: Path) -> None:
+    """Empty the folder, if any, of a run that was stopped before it had a checkpoint to go on from.
+
+    Raises:
+        ValueError: a ``fit`` is at work in it.
+    """
+    if not folder.is_dir():
+        return
+    with _lock(folder):
+        for path in folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != LOCK:  # Windows removes no file that is open
+                path.unlink()
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[bool]:
+    lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
@@ -75,10 +92,7 @@ def claim_folder(logger: TensorBoardLogger, to_go_on: bool) -> Iterator[None]:
     except (NotImplementedError, OSError):  # a disk that knows no locks
         pass
     try:
-        if lock.is_locked:
-            for abandoned in folder.rglob(f"{PART}*"):  # by a process that was killed: no other is at work here
-                abandoned.unlink(missing_ok=True)
-        yield
+        yield lock.is_locked
     finally:
         lock.release()
 

@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT
+from filelock import FileLock
 
 from digitnet.__main__ import run_function
 from digitnet.classifier import DigitClassifier
@@ -175,6 +176,57 @@ def test_another_teacher_is_another_recipe(configs: Path, tmp_path: Path, spelli
     assert len(set(digests)) == 4
 
 
+def test_other_data_under_the_same_name_are_another_recipe(configs: Path, tmp_path: Path) -> None:
+    config = configs / "dropout" / "none.yaml"
+    config.write_text(f"data: {{source: {tmp_path / 'digits.d'}}}\n")
+    digests = [load_row(config).digest]
+    (tmp_path / "digits.d").write_bytes(b"an .npz")
+    digests.append(load_row(config).digest)
+    (tmp_path / "digits.d").unlink()
+    (tmp_path / "digits.d").mkdir()
+    for content in (b"a folder of IDX files", b"other digits"):
+        (tmp_path / "digits.d" / "t10k-images-idx3-ubyte").write_bytes(content)
+        digests.append(load_row(config).digest)
+    assert len(set(digests)) == 4
+
+
+def test_a_run_at_work_is_left_alone(configs: Path) -> None:
+    row = load_row(configs / "dropout" / "none.yaml")
+    run = Path("out") / f"none-{row.digest[:8]}" / "seed_42"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("of another process\n")
+    with FileLock(run / ".lock"), pytest.raises(ValueError, match="another fit is at work in"):
+        ablate(configs, output=Path("out"))
+    assert (run / "config.yaml").read_text() == "of another process\n"
+
+
+def test_the_table_has_what_others_finished_meanwhile(
+    configs: Path, monkeypatch: pytest.MonkeyPatch, trained: list[tuple[str, int]]
+) -> None:
+    rows = load_tables(configs)[0].rows
+    train = ablation.train
+
+    def train_beside_another(row: Row, seed: int, output: Path) -> dict[str, Any]:
+        for other in rows:
+            if other != row and not trained:
+                write_result(output, other, seed, 0.9, 0.95, 60.0)
+        return train(row, seed, output)
+
+    monkeypatch.setattr(ablation, "train", train_beside_another)
+    ablate(configs, output=Path("out"))
+    assert len(trained) == 1  # the other row was finished when its turn came
+    assert Path("out/dropout.md").read_text().count("| 1 | 0.9000 |") == 2
+
+
+def test_a_row_that_validates_nothing_is_refused_before_it_is_trained(
+    configs: Path, trained: list[tuple[str, int]]
+) -> None:
+    (configs / "dropout" / "none.yaml").write_text("trainer: {limit_val_batches: 0}\n")
+    with pytest.raises(ValueError, match=r"none\.yaml has trainer\.limit_val_batches 0"):
+        ablate(configs, output=Path("out"))
+    assert trained == []
+
+
 def test_a_row_whose_last_epoch_is_not_validated_is_refused(configs: Path) -> None:
     (configs / "dropout" / "base.yaml").write_text(BASE.format(epochs=3) + "  check_val_every_n_epoch: 2\n")
     with pytest.raises(ValueError, match="has no validation accuracy of its last epoch"):
@@ -241,10 +293,10 @@ def test_a_run_that_was_copied_twice_counts_once(configs: Path) -> None:
     assert "| 1 | 0.9800 | 0.9900 |" in Path("out/dropout.md").read_text()
 
 
-def test_rows_may_be_named_by_numbers(tmp_path: Path) -> None:
-    (tmp_path / "writeup.csv").write_text("row,val_acc\n0.2,0.9\n0.50,0.8\n")
-    table = load_writeup(tmp_path / "writeup.csv", ["0.2", "0.50"])
-    assert table["val_acc"].to_dict() == {"0.2": 0.9, "0.50": 0.8}
+def test_rows_may_be_named_by_numbers_or_by_nothing(tmp_path: Path) -> None:
+    (tmp_path / "writeup.csv").write_text("row,val_acc\n0.2,0.9\n0.50,0.8\nNone,0.7\n")
+    table = load_writeup(tmp_path / "writeup.csv", ["0.2", "0.50", "None"])
+    assert table["val_acc"].to_dict() == {"0.2": 0.9, "0.50": 0.8, "None": 0.7}
 
 
 def frame(rows: dict[str, tuple[float, float, float]], key: str = "val_acc") -> pd.DataFrame:
@@ -342,6 +394,24 @@ def test_our_published_figures_are_the_write_ups() -> None:
         ({"writeup.csv": "row,val_acc\nnoen,0.9"}, ["mine"], r"a row 'noen' without a config.*; did you mean none\?"),
         ({"writeup.csv": "row,val_acc\nnone,high"}, ["mine"], r"writeup\.csv is no table of row, train_acc.*'high'"),
         ({"writeup.csv": "val_acc\n0.9"}, ["mine"], r"writeup\.csv is no table of row, train_acc"),
+        (
+            {"writeup.csv": "row,val_acc\nnone,99.6"},
+            ["mine"],
+            r"val_acc is 99\.6, where a share from 0 to 1 is expected",
+        ),
+        ({"writeup.csv": "row,run_time_s\nnone,inf"}, ["mine"], r"run_time_s is inf, where a time is expected"),
+        ({"writeup.csv": "row,val_accuracy\nnone,0.9"}, ["mine"], r"a column 'val_accuracy'; did you mean val_acc\?"),
+        (
+            {"fc 0.5.yaml": "{a: 1}"},
+            ["mine"],
+            r"fc 0\.5\.yaml and .*fc_0\.5\.yaml are both the row 'fc 0\.5'; rename one",
+        ),
+        ({"dropout/a.yaml": "{a: 1}"}, ["mine/dropout"], r"would both make the table dropout\.md; rename one"),
+        (
+            {"../../file": ""},
+            ["mine", "--output", "file"],
+            r"cannot write to file \(a file is in the way\); .*--output",
+        ),
         ({"../../out/x/seed_1/result.json": "{}"}, ["mine", "--output", "out"], r"seed_1/result\.json is damaged"),
     ],
 )

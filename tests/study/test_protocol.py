@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from conftest import Run
+from filelock import FileLock
 from torch import Tensor, nn
 
 from digitnet.checkpoints import load_net
@@ -20,11 +22,17 @@ from digitnet.study import protocol as module
 from digitnet.study.protocol import judge, render_table, shift, shorten_schedule
 
 CONFIG = """\
-data: {source: digits, batch_size: 64}
-trainer: {max_epochs: 2, limit_train_batches: 2, precision: 32-true, enable_model_summary: false}
+data: {source: digits, batch_size: 800}
+trainer: {max_epochs: 2, precision: 32-true, enable_model_summary: false}
 pictures: {every_n_epochs: 0}
 calibration: {num_digits: 0}
 """
+
+
+FINISHED: dict[str, Any] = {
+    "seed": 42, "epochs": 2, "mistakes": [], "mistakes_shifted": [], "train_s": 1.0, "num_parameters": 7,
+    "hardware": "a machine", "versions": {"torch": "2"}, "date": "2026-01-02",
+}  # fmt: skip
 
 
 class OneRow(nn.Module):
@@ -71,11 +79,17 @@ def test_trains_each_seed_once_and_scores_its_last_epoch(
     left = tmp_path / "out" / f"mine-{module.load_row(tmp_path / 'mine.yaml').digest[:8]}" / "seed_42"
     left.mkdir(parents=True)
     (left / "config.yaml").write_text("seed_everything: 1\n")  # by one that was killed in its first epoch
+    with FileLock(left / ".lock"):  # or by one that is still at work
+        assert digitnet("protocol", "mine.yaml", "--seeds", 2, "--output", "out") == 1
+        assert "another fit is at work in" in capsys.readouterr().err
+        assert (left / "config.yaml").exists()
     assert digitnet("protocol", "mine.yaml", "--seeds", 2, "--output", "out") == 0
     runs = sorted((tmp_path / "out").glob("mine-*/seed_*"))
     assert [run.name for run in runs] == ["seed_42", "seed_43"]
     results = [json.loads((run / "result.json").read_text()) for run in runs]
-    assert (tmp_path / "out" / "mine.md").read_text().count("\n| 4") == 2
+    (table,) = (tmp_path / "out").glob("mine-*.md")
+    assert table.read_text().count("\n| 4") == 2
+    assert "wrong labels" not in table.read_text()  # which are MNIST's
 
     # The last epoch, scored by hand.
     digits = load_bundled_digits()
@@ -97,6 +111,7 @@ def test_trains_each_seed_once_and_scores_its_last_epoch(
     # Killed after its last epoch, while last.ckpt was written by an older tool: the epoch before is gone on with.
     last = runs[0] / "checkpoints" / "last.ckpt"
     last.write_bytes(last.read_bytes()[:1000])
+    shutil.copy(last.with_name("previous.ckpt"), last.with_name("best.ckpt"))  # which was still there
     (runs[0] / "result.json").unlink()
     assert digitnet("protocol", "mine.yaml", "--seeds", 1, "--output", "out") == 0
     assert json.loads((runs[0] / "result.json").read_text())["mistakes"] == results[0]["mistakes"]
@@ -106,6 +121,8 @@ def test_trains_each_seed_once_and_scores_its_last_epoch(
     assert digitnet("protocol", "mine.yaml", "--seeds", 2, "--output", "out") == 0
     assert {path: path.stat().st_mtime_ns for run in runs for path in run.rglob("*")} == before
     assert f"| 42 | {len(results[0]['mistakes'])} |" in capsys.readouterr().out
+    assert digitnet("protocol", "mine.yaml", "--seeds", 1, "--output", "out") == 0
+    assert table.read_text().count("\n| 4") == 2  # still all that are done
 
 
 def test_parts_train_their_own_seeds_and_tabulate_all_that_are_done(
@@ -118,9 +135,10 @@ def test_parts_train_their_own_seeds_and_tabulate_all_that_are_done(
         run.mkdir(parents=True)
 
     def score(run: Path, seed: int, num_epochs: int, data: Any, holdout: int) -> dict[str, Any]:
-        common = {"num_parameters": 7, "hardware": "a machine", "versions": {"torch": "2"}, "date": "2026-01-02"}
-        return {"seed": seed, "epochs": 2, "mistakes": [seed], "mistakes_shifted": [], "train_s": 1.0, **common}
+        run.mkdir(exist_ok=True)
+        return {**FINISHED, "seed": seed, "mistakes": [seed]}
 
+    monkeypatch.setattr(module, "SPLIT", (1597, 100, 100))
     monkeypatch.setattr(module, "train", train)
     monkeypatch.setattr(module, "score", score)
     (tmp_path / "mine.yaml").write_text(CONFIG)
@@ -128,10 +146,14 @@ def test_parts_train_their_own_seeds_and_tabulate_all_that_are_done(
     assert trained == [42, 44]
     assert digitnet("protocol", "mine.yaml", "--seeds", 3, "--shard", "2/2", "--output", "out") == 0
     assert trained == [42, 44, 43]
-    rows = [line[:4] for line in (tmp_path / "out" / "mine.md").read_text().splitlines() if line.startswith("| 4")]
+    (table,) = (tmp_path / "out").glob("mine-*.md")
+    rows = [line[:4] for line in table.read_text().splitlines() if line.startswith("| 4")]
     assert rows == ["| 42", "| 43", "| 44"]
+    capsys.readouterr()
     assert digitnet("protocol", "mine.yaml", "--seeds", 1, "--shard", "2/2", "--output", "out") == 0
-    assert "no seed of 1 is in part 2/2" in capsys.readouterr().out
+    assert "| 44 | 1 |" in capsys.readouterr().out
+    assert digitnet("protocol", "mine.yaml", "--seeds", 1, "--shard", "2/2", "--output", "other") == 1
+    assert "no seed of mine.yaml is done yet, and none is in this part of them" in capsys.readouterr().err
     assert digitnet("protocol", "mine.yaml", "--shard", "3/2") == 1
     assert 'shard is "3/2"' in capsys.readouterr().err
 
@@ -140,13 +162,14 @@ def test_a_hold_out_of_the_training_images_is_scored_in_place_of_the_test_images
     digitnet: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "SPLIT", (1597, 100, 100))
-    schedule = "torch.optim.lr_scheduler.OneCycleLR, init_args: {max_lr: 0.002, epochs: 2, steps_per_epoch: 25}"
-    (tmp_path / "mine.yaml").write_text(CONFIG + f"model: {{lr_scheduler: {{class_path: {schedule}}}}}\n")
+    schedule = "torch.optim.lr_scheduler.OneCycleLR, init_args: {max_lr: 0.002, epochs: 2, steps_per_epoch: 2}"
+    config = CONFIG.replace("batch_size: 800", "batch_size: 1500")
+    (tmp_path / "mine.yaml").write_text(config + f"model: {{lr_scheduler: {{class_path: {schedule}}}}}\n")
     assert digitnet("protocol", "mine.yaml", "--seeds", 1, "--holdout", 201, "--output", "out") == 0
     (run,) = (tmp_path / "out").glob("mine-*-holdout_201/seed_42")
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["data"]["split"] == [1396, 201, 200]
-    assert config["model"]["lr_scheduler"]["init_args"]["steps_per_epoch"] == 22  # 1,396 images in batches of 64
+    assert config["model"]["lr_scheduler"]["init_args"]["steps_per_epoch"] == 1  # 1,396 images in batches of 1,500
 
     digits = load_bundled_digits()
     images, labels = torch.from_numpy(digits.images)[1396:1597, None], torch.from_numpy(digits.labels)[1396:1597].long()
@@ -158,9 +181,9 @@ def test_a_hold_out_of_the_training_images_is_scored_in_place_of_the_test_images
     assert result["mistakes"] == wrong.tolist()
     assert result["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
     assert result["loss_odd"] == pytest.approx(F.cross_entropy(logits[1::2], labels[1::2]).item(), rel=1e-4)
-    table = (tmp_path / "out" / "mine-holdout_201.md").read_text()
+    table = run.parent.with_name(f"{run.parent.name}.md").read_text()
     assert f"| 42 | {len(wrong)} | {(wrong % 2).sum()} | {result['loss']:.4f} | {result['loss_odd']:.4f} |" in table
-    assert "2 epochs on the first 1,396 training images, scored on the next 201, as" in table
+    assert "2 epochs on the first 1,396 training images of digits, scored on the next 201, as" in table
 
 
 @pytest.mark.parametrize(
@@ -193,10 +216,54 @@ def test_a_run_that_ended_early_is_refused(
     digitnet: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(module, "SPLIT", (1597, 100, 100))
-    (tmp_path / "mine.yaml").write_text(CONFIG.replace("max_epochs: 2", "max_epochs: 3, max_steps: 3"))
+    (tmp_path / "mine.yaml").write_text(
+        CONFIG.replace("max_epochs: 2", "max_epochs: 3") + "early_stopping: {stopping_threshold: 0.001}\n"
+    )
     assert digitnet("protocol", "mine.yaml", "--seeds", 1) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "ended after 2 of 3 epochs; its figure is not fixed" in error
+    assert "ended after 1 of 3 epochs; its figure is not fixed" in error
+
+
+@pytest.mark.parametrize(
+    "cut", ["limit_train_batches: 2", "limit_train_batches: 0.5", "overfit_batches: 1", "max_steps: 3", "max_time: 1d"]
+)
+def test_a_training_that_is_cut_short_is_refused(
+    digitnet: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], cut: str
+) -> None:
+    (tmp_path / "mine.yaml").write_text(CONFIG.replace("max_epochs: 2", f"max_epochs: 2, {cut}"))
+    assert digitnet("protocol", "mine.yaml", "--seeds", 1) == 1
+    assert f"mine.yaml has trainer.{cut.replace(':', '')}" in capsys.readouterr().err
+    assert not (tmp_path / "lightning_logs").exists()
+
+
+def test_data_that_are_not_as_many_as_mnist_are_refused(
+    digitnet: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.yaml").write_text(CONFIG)
+    assert digitnet("protocol", "mine.yaml", "--seeds", 1) == 1
+    assert "error: the protocol takes 70,000 images in MNIST's order: " in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_written_is_told(
+    digitnet: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.yaml").write_text(CONFIG)
+    (tmp_path / "file").write_text("mine")
+    assert digitnet("protocol", "mine.yaml", "--output", "file") == 1
+    assert "(a file is in the way); name another place with --output\n" in capsys.readouterr().err
+
+
+def test_stopping_says_how_to_go_on(
+    digitnet: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def train(*_: Any) -> None:
+        raise SystemExit(130)
+
+    monkeypatch.setattr(module, "SPLIT", (1597, 100, 100))
+    monkeypatch.setattr(module, "train", train)
+    (tmp_path / "mine.yaml").write_text(CONFIG)
+    assert digitnet("protocol", "mine.yaml") == 130
+    assert capsys.readouterr().out.endswith("protocol stopped; the same command goes on from here\n")
 
 
 def test_a_config_that_changes_between_seeds_is_refused(
@@ -208,15 +275,14 @@ def test_a_config_that_changes_between_seeds_is_refused(
 
     def train(flags: list[str], seed: int, run: Path, num_epochs: int) -> None:
         trained.append(seed)
-        config.write_text(CONFIG.replace("batch_size: 64", "batch_size: 32"))
+        config.write_text(CONFIG.replace("batch_size: 800", "batch_size: 900"))
 
-    result = {"seed": 42, "mistakes": [], "mistakes_shifted": [], "train_s": 1.0, "num_parameters": 7, "epochs": 2}
-    result |= {"hardware": "a machine", "versions": {"torch": "2"}, "date": "2026-01-02"}
+    monkeypatch.setattr(module, "SPLIT", (1597, 100, 100))
     monkeypatch.setattr(module, "train", train)
-    monkeypatch.setattr(module, "score", lambda *_: result)
+    monkeypatch.setattr(module, "score", lambda *_: FINISHED)
     assert digitnet("protocol", "mine.yaml", "--seeds", 2) == 1
     assert trained == [42]
-    assert "mine.yaml, its base.yaml or its teacher has changed meanwhile" in capsys.readouterr().err
+    assert "mine.yaml, its base.yaml, its teacher or its data changed meanwhile" in capsys.readouterr().err
 
 
 def test_a_schedule_without_an_end_is_refused(
@@ -252,21 +318,21 @@ def test_the_table_has_every_seed_their_mean_and_spread() -> None:
             "hardware": "another",
         },
     ]
-    table = render_table(Path("configs/best.yaml"), 3, results)
+    table = render_table(Path("configs/best.yaml"), results)
     assert "| 42 | 3 | 1 | 1 | 1 | 1 | 10 s |" in table
     assert "| 43 | 1 | 1 | 0 | 2 | 0 | 20 s |" in table
     assert "| **mean ± sd** | 2.0 ± 1.4 | 1.0 ± 0.0 | 0.5 ± 0.7 | 1.5 ± 0.7 | 0.5 ± 0.7 | 15.0 ± 7.1 s |" in table
-    assert "python -m digitnet protocol configs/best.yaml --seeds 3" in table  # what was asked for
+    assert "python -m digitnet protocol configs/best.yaml --seeds 2" in table
+    assert "3 epochs on all 60,000 training images of mnist, scored at the last epoch, once per seed, as docs" in table
     assert "says. a machine, torch 2, 2026-01-02; another, torch 2, 2026-01-02: " in table
 
 
-def test_a_damaged_result_is_told(
-    digitnet: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize("text", ['{"seed": 42', json.dumps({**FINISHED, "date": 20260102})])
+def test_a_damaged_result_is_told(digitnet: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
     (tmp_path / "mine.yaml").write_text(CONFIG)
     digest = module.load_row(tmp_path / "mine.yaml").digest[:8]
     run = tmp_path / "out" / f"mine-{digest}" / "seed_42"
     run.mkdir(parents=True)
-    (run / "result.json").write_text('{"seed": 42')
+    (run / "result.json").write_text(text)
     assert digitnet("protocol", "mine.yaml", "--seeds", 1, "--output", "out") == 1
     assert "result.json is damaged; remove it, and the seed is scored again" in capsys.readouterr().err

@@ -29,7 +29,8 @@ def committee(checkpoints: list[Path], output: Path = Path("committee.ckpt"), da
         data_dir: where the data are kept, if not where fit looks by itself.
 
     Raises:
-        ValueError: fewer than two checkpoints, or one of them cannot be used, or is of other data.
+        ValueError: fewer than two checkpoints, or one of them cannot be used, is of other data, is given twice, or
+            would be overwritten.
         OSError: the data cannot be had, or the file cannot be written.
     """
     paths = [Path(path) for path in checkpoints]
@@ -37,6 +38,12 @@ def committee(checkpoints: list[Path], output: Path = Path("committee.ckpt"), da
         raise ValueError(f"a committee needs two checkpoints or more; there is {len(paths)}")
     if output.is_dir():
         raise ValueError(f"output is {output}, which is a folder; give a file, such as committee.ckpt")
+    files = [path.resolve() for path in paths]
+    for path, file in zip(paths, files, strict=True):
+        if files.count(file) > 1:
+            raise ValueError(f"{path} is given twice; give each member once")
+        if file == output.resolve():
+            raise ValueError(f"output is {output}, which is a member; give another file, such as committee.ckpt")
     loaded = [load_net(path) for path in paths]
     first = loaded[0][1]
     known = read_data_settings(first)

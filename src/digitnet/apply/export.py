@@ -128,6 +128,11 @@ def load_test_digits(checkpoint: Path, data_dir: Path | None) -> tuple[str, list
     source, split = settings.get("source", "mnist"), settings.get("split", [60_000, 5_000, 5_000])
     digits = fetch_digits(source, data_dir)
     start = split[0] + split[1]
+    if sum(split) != len(digits.labels):
+        raise ValueError(
+            f"{checkpoint} was trained on {sum(split):,} images of {source}, which has {len(digits.labels):,} now; "
+            "export takes the same, to compare"
+        )
     return source, split, Digits(digits.images[start:], digits.labels[start:])
 
 

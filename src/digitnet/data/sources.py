@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 # A server that sends nothing for this long has failed. One that trickles may be a slow line, so a download as a whole
 # has no limit: Ctrl-C is safe at any moment, and other processes wait for LOCK_TIMEOUT_S, then fetch for themselves.
 SOCKET_TIMEOUT_S = 20.0
+NAMES = ("mnist", "digits")  # of sources; anything else is a path
 NUM_TRIES = 3  # of each source, 2 and 4 seconds apart
 
 

@@ -7,8 +7,9 @@ and either may be missing:
 - ``writeup.csv`` holds the figures to stand beside: columns row, train_acc, val_acc (in [0, 1]) and run_time_s, in the
   order that the table shall have. Cells and columns may be left out.
 
-A finished run leaves a ``result.json``, known by the SHA-256 of its row's settings, and of its teacher's file if it has
-one, and by its seed. So a changed config is trained anew, and one that stands in two tables is trained once.
+A finished run leaves a ``result.json``, known by the SHA-256 of its row's settings, and of its teacher's and its data's
+files if it has such, and by its seed. So a changed config is trained anew, and one that stands in two tables is trained
+once.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import math
 import re
 import shutil
 import statistics
+import sys
 from datetime import UTC, datetime
 from functools import reduce
 from pathlib import Path
@@ -32,7 +34,10 @@ import yaml
 
 from digitnet.checkpoints import find_run, verify_checkpoint
 from digitnet.cli import main
+from digitnet.data.sources import NAMES
 from digitnet.errors import nearest_name, to_one_line
+from digitnet.files import make_writable
+from digitnet.guards import discard_run
 from digitnet.machine import describe_hardware, list_versions
 from digitnet.study.explore import read_config
 from digitnet.study.page import write_file
@@ -53,7 +58,7 @@ class Row(NamedTuple):
     path: Path
     name: str
     flags: tuple[str, ...]  # for fit: the base and the config
-    digest: str  # SHA-256 of the settings in them, and of the teacher's file
+    digest: str  # SHA-256 of the settings in them, and of the teacher's and the data's files
 
 
 class Table(NamedTuple):
@@ -85,11 +90,12 @@ def ablate(folder: Path, seeds: int = 1, shard: str = "1/1", output: Path = Path
     """
     tables = load_tables(folder)
     jobs = pick_jobs(tables, seeds, shard)
+    make_writable(output, "--output")
     results = load_results(output)
-    finished = {(result["config_sha256"], result["seed"]) for result in results}
+    finished = find_finished(results)
     pending = [(row, seed) for row, seed in jobs if (row.digest, seed) not in finished]
     # All of them before the first is trained: a typo should not wait for hours.
-    epochs = {row: int(resolve(row)["trainer"]["max_epochs"] or 0) for row in dict(pending)}
+    epochs = {row: count_epochs(row) for row in dict(pending)}
     if jobs:
         print(f"{len(jobs)} runs, {len(jobs) - len(pending)} of them finished before", flush=True)
     failures: list[str] = []
@@ -98,6 +104,8 @@ def ablate(folder: Path, seeds: int = 1, shard: str = "1/1", output: Path = Path
         left_s = sum(epochs[row] for row, _ in pending[i:]) * done_s / max(done_epochs, 1)
         left = f", about {left_s / 60:.0f} min left" if done_epochs else ""
         name = f"{row.path.parent.name}/{row.name}, seed {seed}"
+        if (row.digest, seed) in find_finished(load_results(output)):  # by another part, or the same command twice
+            continue
         print(f"[{i + 1}/{len(pending)}] {name}{left}", flush=True)
         try:
             result = train(row, seed, output)
@@ -110,12 +118,11 @@ def ablate(folder: Path, seeds: int = 1, shard: str = "1/1", output: Path = Path
             failures.append(f"{name}: {to_one_line(str(error))}")
             print(f"failed: {failures[-1]}", flush=True)
             continue
-        results.append(result)
         done_s, done_epochs = done_s + result["run_time_s"], done_epochs + result["epochs"]
-        write_tables(tables, results, output)
+        write_tables(tables, load_results(output), output)  # other parts may be at work in the same folder
     if failures:
         raise ValueError(f"{len(failures)} of {len(pending)} runs failed, the others are kept: {'; '.join(failures)}")
-    written = write_tables(tables, results, output)
+    written = write_tables(tables, load_results(output), output)
     if not written:
         remedy = f"train them: python -m digitnet ablate {folder}"
         raise FileNotFoundError(f"no row of {folder} has finished under {output} yet; {remedy}")
@@ -134,14 +141,22 @@ def load_tables(folder: Path) -> list[Table]:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; give one with configs of fit, such as configs/ablations")
-    tables = []
+    tables: list[Table] = []
     for parent in (folder, *sorted(folder.glob("*/"))):
-        rows = {row.name: row for row in map(load_row, sorted(parent.glob("*.yaml"))) if row.name != "base"}
+        rows: dict[str, Row] = {}
+        for row in map(load_row, sorted(parent.glob("*.yaml"))):
+            if row.name in rows:
+                raise ValueError(f"{rows[row.name].path} and {row.path} are both the row {row.name!r}; rename one")
+            if row.name != "base":
+                rows[row.name] = row
         if not rows:
             continue
         published = load_writeup(parent / "writeup.csv", list(rows))
         ordered = [rows[name] for name in dict.fromkeys([*published.index, *rows])]
-        tables.append(Table(parent, parent.resolve().name, ordered, published))
+        table = Table(parent, parent.resolve().name, ordered, published)
+        if table.name in [other.name for other in tables]:
+            raise ValueError(f"{folder} and {parent} would both make the table {table.name}.md; rename one")
+        tables.append(table)
     if not tables:
         raise FileNotFoundError(f"{folder} has no configs: no .yaml besides base.yaml in it or in its subfolders")
     return tables
@@ -158,25 +173,40 @@ def load_row(path: Path) -> Row:
     configs = [base, path] if base.is_file() else [path]
     settings = reduce(_merge, map(read_config, configs))
     digest = hashlib.sha256(yaml.safe_dump(settings).encode())  # the keys in order
-    digest.update(_read_teacher(settings))
+    for file in _find_inputs(settings):
+        digest.update(file.read_bytes())
     flags = tuple(f"--config={config}" for config in configs)
     return Row(path, path.stem.replace("_", " "), flags, digest.hexdigest())
 
 
-def _read_teacher(settings: Any) -> bytes:
-    """The checkpoint that a config trains towards, if any: another one under the same name is another recipe."""
-    for key in ("model", "teacher"):
-        settings = (settings.get(key) if isinstance(settings, dict) else None) or {}
-    given = settings if isinstance(settings, dict) else {}
-    given = {**given, **(given.get("dict_kwargs") or {}), **(given.get("init_args") or {})}  # as a config may have it
-    path = Path(given["checkpoint"]) if isinstance(given.get("checkpoint"), str) else None
-    return path.read_bytes() if path and path.is_file() else b""
+def _find_inputs(settings: Any) -> list[Path]:
+    """The files of teacher and data that a config names, if any: with others of the same names it is another recipe."""
+
+    def look_up(*keys: str) -> Any:
+        found = settings
+        for key in keys:
+            given = found if isinstance(found, dict) else {}
+            given = {**given, **(given.get("dict_kwargs") or {}), **(given.get("init_args") or {})}  # as a config may
+            found = given.get(key)
+        return found
+
+    files = []
+    for keys in (("model", "teacher", "checkpoint"), ("data", "source")):
+        path = Path(name) if isinstance(name := look_up(*keys), str) else None
+        if keys[0] == "data" and name in NAMES:
+            continue
+        if path and path.is_dir():
+            files += sorted(file for file in path.iterdir() if file.is_file())
+        elif path and path.is_file():
+            files.append(path)
+    return files
 
 
 def verify_unchanged(row: Row) -> None:
     """Raise ValueError where a row's config is no longer what it was when the row was loaded."""
     if load_row(row.path).digest != row.digest:
-        raise ValueError(f"{row.path}, its base.yaml or its teacher has changed meanwhile; type the command again")
+        parts = f"{row.path}, its base.yaml, its teacher or its data"
+        raise ValueError(f"{parts} changed meanwhile; type the command again")
 
 
 def _merge(old: Any, new: Any) -> Any:
@@ -189,12 +219,21 @@ def load_writeup(path: Path, names: list[str]) -> pd.DataFrame:
     """Published figures, rows by measures; empty where there is no file.
 
     Raises:
-        ValueError: it is no table of numbers, has a row twice, or one that is none of ``names``.
+        ValueError: it is no table of such numbers, has a row twice, or one that is none of ``names``.
     """
     if not path.is_file():
         return pd.DataFrame(columns=list(MEASURES))
+    empty = {key: [""] for key in MEASURES}  # and nothing else: a row may be called None
     try:
-        table = pd.read_csv(path, index_col="row", dtype={"row": str}).reindex(columns=list(MEASURES)).astype(float)
+        given = pd.read_csv(path, index_col="row", dtype={"row": str}, keep_default_na=False, na_values=empty)
+        for column in given.columns.difference(list(MEASURES)):
+            raise ValueError(f"a column {column!r}{nearest_name(str(column), MEASURES)}")
+        table = given.reindex(columns=list(MEASURES)).astype(float)
+        for key in MEASURES:
+            most, meant = (1.0, "a share from 0 to 1") if key.endswith("_acc") else (sys.float_info.max, "a time")
+            for figure in table[key].dropna():
+                if not 0 <= figure <= most:
+                    raise ValueError(f"{key} is {figure:g}, where {meant} is expected")
     except ValueError as error:
         raise ValueError(f"{path} is no table of row, {', '.join(MEASURES)}: {error}") from error
     for name in table.index[table.index.duplicated() | ~table.index.isin(names)]:
@@ -246,6 +285,18 @@ def resolve(row: Row) -> dict[str, Any]:
     return settings
 
 
+def count_epochs(row: Row) -> int:
+    """How many epochs a row's config asks for, at most.
+
+    Raises:
+        ValueError: ``fit`` does not take the config, or it validates nothing.
+    """
+    trainer = resolve(row)["trainer"]
+    if trainer["limit_val_batches"] == 0:
+        raise ValueError(f"{row.path} has trainer.limit_val_batches 0, so there is no validation accuracy to show")
+    return int(trainer["max_epochs"] or 0)
+
+
 # --- one run ----------------------------------------------------------------------------------------------------------
 
 
@@ -266,7 +317,7 @@ def train(row: Row, seed: int, output: Path) -> Result:
     if last.is_file() and find_run(last):
         flags = [f"--ckpt_path={last}"]
     else:
-        shutil.rmtree(run, ignore_errors=True)  # stopped in its first epoch
+        discard_run(run)  # stopped in its first epoch
         place = {"save_dir": str(output), "name": run.parent.name, "version": run.name, "default_hp_metric": False}
         logger = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": place}
         flags = [*row.flags, f"--seed_everything={seed}", f"--trainer.logger={json.dumps(logger)}"]
@@ -317,11 +368,18 @@ def load_results(output: Path) -> list[Result]:
         try:
             result = json.loads(path.read_text())
             figures = {key: float(result[key]) for key in ("seed", *MEASURES)}
-            digest = str(result["config_sha256"])
-            results[digest, int(figures["seed"])] = {**result, "config_sha256": digest, **figures}
+            texts = {key: str(result[key]) for key in ("config_sha256", "hardware", "precision")}
+            versions = {"torch": str(result["versions"]["torch"])}
+            key = texts["config_sha256"], int(figures["seed"])
+            results[key] = {**result, **texts, "versions": versions, **figures}
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged; remove it, and the run is trained again") from error
     return list(results.values())
+
+
+def find_finished(results: list[Result]) -> set[tuple[str, int]]:
+    """The digests and seeds of runs that are done."""
+    return {(result["config_sha256"], int(result["seed"])) for result in results}
 
 
 # --- the tables -------------------------------------------------------------------------------------------------------
@@ -354,7 +412,7 @@ def tabulate(table: Table, results: list[Result]) -> pd.DataFrame:
 
 def render_table(table: Table, frame: pd.DataFrame, results: list[Result]) -> str:
     """The Markdown page of a table: figures, what is to be said of their order, and how they came about."""
-    columns = [("Row", list(frame.index)), ("n", [str(n) for n in frame["n"]])]
+    columns = [("Row", [name.replace("|", r"\|") for name in frame.index]), ("n", [str(n) for n in frame["n"]])]
     for key, (title, _) in MEASURES.items():
         pairs = zip(frame[key], frame[f"{key}_sd"], strict=True)
         columns.append((title, [_show(key, mean) + ("" if sd != sd else f" ± {_show(key, sd)}") for mean, sd in pairs]))

@@ -34,6 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from digitnet.classifier import DigitClassifier
 from digitnet.cli import DigitCLI, prepare_process
 from digitnet.data import MNISTDataModule, find_data
+from digitnet.files import make_writable
 from digitnet.machine import describe_hardware, list_versions
 from digitnet.model import DigitNet
 from digitnet.study.page import write_file
@@ -71,12 +72,19 @@ def benchmark(
         raise ValueError(f"steps is {steps} and rounds {rounds}; each must be at least 1")
     if not config.is_file():
         raise FileNotFoundError(f"{config}: no such config; give one with --config")
+    if output and output.suffix == ".md":
+        raise ValueError(
+            f"output is {output}, the name of the tables beside it; give the JSON's, such as benchmark.json"
+        )
+    if output:
+        make_writable(output.parent, "--output")
     with tempfile.TemporaryDirectory() as folder:
         turns = Turns(steps, keras_python, Path(folder))
         cli = time_fit(config, steps, rounds, turns, folder)
     steps = turns.steps  # of a small data set, fewer
     result = {
-        "command": f"python -m digitnet benchmark --config {config.as_posix()} --steps {steps} --rounds {rounds}",
+        "command": f"python -m digitnet benchmark --config {config.as_posix()} --steps {steps} --rounds {rounds}"
+        + (" --keras_python PYTHON" if keras_python else ""),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "hardware": describe_hardware(),
         "threads": torch.get_num_threads(),
@@ -108,7 +116,7 @@ def time_fit(config: Path, steps: int, rounds: int, turns: Turns, folder: str) -
             trainer.limit_val_batches = count_val_batches(turns.steps, self.datamodule.eval_batch_size)
             # First, so that fit's own clock starts after the others had their turns.
             trainer.callbacks.insert(0, turns)  # type: ignore[attr-defined]
-            trainer.callbacks.remove(self.stop)  # type: ignore[attr-defined]  # which would say how to go on
+            self.stop.advises = False  # there is no run to go on with
             return trainer
 
     flags = [f"--trainer.max_epochs={rounds + 1}", f"--trainer.limit_train_batches={steps}"]
@@ -116,6 +124,9 @@ def time_fit(config: Path, steps: int, rounds: int, turns: Turns, folder: str) -
     flags += [f"--trainer.logger={json.dumps(logger)}", "--trainer.devices=1", "--trainer.enable_model_summary=false"]
     flags += [f"--early_stopping.patience={rounds + 1}", "--pictures.every_n_epochs=0", "--calibration.num_digits=0"]
     flags += ["--model.lr_scheduler=null"]  # it may be made for fewer steps than are timed
+    # Every turn as long as the others', and with a validation, whatever the config says.
+    flags += ["--trainer.max_steps=-1", "--trainer.max_time=null", "--trainer.overfit_batches=0.0"]
+    flags += ["--trainer.check_val_every_n_epoch=1"]
     prepare_process()
     return TimedCLI(["fit", "--config", str(config), *flags])
 
@@ -150,7 +161,9 @@ class Turns(Callback):
         self.plain = PlainLoop(pl_module, data, str(trainer.precision))
         others = (pl_module.selection, pl_module.teacher)
         if not isinstance(pl_module.net, DigitNet) or any(other is not None for other in others):
-            self.keras_python = None  # Keras would train DigitNet, on all of each batch, towards the labels
+            if self.keras_python:
+                print("without Keras, which would train DigitNet, on all of each batch, towards the labels", flush=True)
+            self.keras_python = None
         self.keras = start_keras(self.keras_python, data, self.steps, self.folder) if self.keras_python else None
         if self.keras:
             self.seconds[KERAS] = []
@@ -347,7 +360,7 @@ def ask_keras(process: subprocess.Popen[str], complaints: Path) -> dict[str, Any
     line = process.stdout.readline()
     if not line:
         last = (complaints.read_text().strip().splitlines() or ["no message"])[-1]
-        raise ValueError(f"Keras has ended: {last}; leave --keras_python out to go without it")
+        raise ValueError(f"Keras has ended: {last}; give --keras_python a Python in which it works")
     answer: dict[str, Any] = json.loads(line)
     return answer
 

@@ -11,11 +11,15 @@ from matplotlib.figure import Figure
 from digitnet import figures
 from digitnet.augment import Augmentation, RandomAffine, preview_augmentation
 from digitnet.data import MNISTDataModule
-from digitnet.errors import to_one_line
+from digitnet.errors import nearest_name, to_one_line
 from digitnet.imports import limit_imports
 from digitnet.study.page import render_page, write_file
 
 NUM_DRAWS = 8
+SECTIONS = (  # of a config of fit
+    "seed_everything", "trainer", "model", "data", "early_stopping", "best_checkpoint", "last_checkpoint", "pictures",
+    "calibration", "ckpt_path", "weights_only",
+)  # fmt: skip
 # Source: the write-up's Keras layers, RandomRotation(0.05) and RandomTranslation(0.1, 0.1).
 WRITEUP_PREVIEWS = {  # name: (heading, title of the figure, what to draw)
     "rotation": ("Rotation alone", "Rotation by up to ±18°", RandomAffine(rotation_deg=18.0, shift_frac=0.0)),
@@ -51,6 +55,8 @@ def explore(config: Path | None = None, folder: Path = Path("explore"), seed: in
         ValueError: the config cannot be used, or its split does not fit its data.
         OSError: the config or the data cannot be read, or the folder cannot be written.
     """
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed is {seed}; it must be from 0 to 2**63 - 1")
     module = load_data_module(read_config(config)) if config else MNISTDataModule(augmentation=RandomAffine())
     pictures = draw_pictures(module, seed)
     for picture in pictures:
@@ -98,6 +104,9 @@ def load_data_module(config: dict[str, Any]) -> MNISTDataModule:
     """
     from jsonargparse import ArgumentError, ArgumentParser
 
+    for key in config:
+        if key not in SECTIONS:
+            raise ValueError(f"the config has a key {key!r}, which fit does not know{nearest_name(str(key), SECTIONS)}")
     limit_imports()
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(MNISTDataModule, "data")

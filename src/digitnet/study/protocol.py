@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import statistics
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -21,6 +20,8 @@ from torch import Tensor
 from digitnet.checkpoints import choose_resumable, find_run, load_net, verify_checkpoint
 from digitnet.cli import main
 from digitnet.data import MNISTDataModule
+from digitnet.files import make_writable
+from digitnet.guards import discard_run
 from digitnet.machine import describe_hardware, list_versions
 from digitnet.model import Network, run_in_batches
 from digitnet.study.ablation import FIRST_SEED, load_row, measure_seconds, parse_shard, resolve, verify_unchanged
@@ -28,6 +29,13 @@ from digitnet.study.page import write_file
 from digitnet.study.report import KNOWN_WRONG
 
 SPLIT = (60_000, 5_000, 5_000)  # all training images; the 10,000 test images in two halves, the second the write-up's
+CUTS: dict[str, Callable[[Any], bool]] = {  # the trainer's: with such a value not every epoch is of all images
+    "limit_train_batches": lambda limit: not (limit is None or (isinstance(limit, float) and limit == 1)),  # 1 is one
+    "overfit_batches": bool,
+    "fast_dev_run": bool,
+    "max_steps": lambda steps: steps != -1,
+    "max_time": bool,
+}
 SHIFTS = [(0, 0), (1, 0), (-1, 0), (0, 1), (0, -1)]  # of the image, in pixels down and to the right
 
 
@@ -44,10 +52,13 @@ class Column(NamedTuple):
 
 
 TRAINING = Column("training", lambda result: result["train_s"], unit=" s")
+OF_WRONG_LABELS = Column(  # of MNIST
+    "of them known wrong labels", lambda result: _count(result["mistakes"], KNOWN_WRONG.__contains__)
+)
 FINAL = (
     Column("mistakes in 10,000", lambda result: len(result["mistakes"])),
     Column("in the last 5,000", lambda result: _count(result["mistakes"], lambda place: place >= SPLIT[1])),
-    Column("of them known wrong labels", lambda result: _count(result["mistakes"], KNOWN_WRONG.__contains__)),
+    OF_WRONG_LABELS,
     Column("averaged over shifts: 10,000", lambda result: len(result["mistakes_shifted"])),
     Column("last 5,000", lambda result: _count(result["mistakes_shifted"], lambda place: place >= SPLIT[1])),
     TRAINING,
@@ -85,7 +96,7 @@ def protocol(
         holdout: how many of the training images are scored in place of the test images, such as 10000. A schedule
             that counts steps is shortened by as much.
         shard: i/n trains the i-th of n parts of the seeds, for several calls at once; the table has all that are done.
-        output: where the runs and the table, <config>.md, are kept.
+        output: where the runs and the table, <config>-<part of its digest>.md, are kept.
 
     Raises:
         ValueError: the config cannot be used, stops by itself or changes between seeds, or a result is damaged.
@@ -100,29 +111,51 @@ def protocol(
     num_epochs = int(settings["trainer"]["max_epochs"] or 0)
     if num_epochs < 1:
         raise ValueError(f"{config} has max_epochs {num_epochs}; a schedule that ends by itself needs a number of them")
+    for name, cuts in CUTS.items():
+        if cuts(value := settings["trainer"][name]):
+            raise ValueError(f"{config} has trainer.{name} {value}, which cuts a training short; leave it out")
     split, flags, suffix = SPLIT, list(row.flags), ""
     if holdout:
         split, suffix = (SPLIT[0] - holdout, holdout, sum(SPLIT[1:])), f"-holdout_{holdout}"
         flags += shorten_schedule(settings, split[0])
     module = MNISTDataModule(**{key: settings["data"][key] for key in ("source", "data_dir")}, split=split)
-    mine, table = parse_shard(shard), f"no seed of {seeds} is in part {shard}"
-    runs = {
-        seed: output / f"{config.stem}-{row.digest[:8]}{suffix}" / f"seed_{seed}"
-        for seed in range(FIRST_SEED, FIRST_SEED + seeds)
-    }
-    for seed, run in list(runs.items())[mine]:
+    mine = parse_shard(shard)
+    recipe = output / f"{config.stem}-{row.digest[:8]}{suffix}"
+    make_writable(recipe, "--output")
+    for seed in list(range(FIRST_SEED, FIRST_SEED + seeds))[mine]:
+        run = recipe / f"seed_{seed}"
         if not (run / "result.json").is_file():
             verify_unchanged(row)
             print(f"[{seed - FIRST_SEED + 1}/{seeds}] {config.stem}{suffix}, seed {seed}", flush=True)
-            train([*flags, f"--data.split={list(split)}"], seed, run, num_epochs)
+            try:
+                module.setup("test")
+            except ValueError as error:
+                raise ValueError(f"the protocol takes {sum(SPLIT):,} images in MNIST's order: {error}") from error
+            try:
+                train([*flags, f"--data.split={list(split)}"], seed, run, num_epochs)
+            except (KeyboardInterrupt, SystemExit):  # the latter is how fit ends after Ctrl-C
+                print("protocol stopped; the same command goes on from here", flush=True)
+                raise
             result = score(run, seed, num_epochs, module, holdout)
             write_file(run / "result.json", (json.dumps(result, indent=2) + "\n").encode())
             (run / "checkpoints" / "best.ckpt").unlink(missing_ok=True)  # or `test` would take it for the newest model
-        paths = [other / "result.json" for other in runs.values()]  # of the other parts, too
-        results = [load_result(path, HOLDOUT if holdout else FINAL) for path in paths if path.is_file()]
-        table = render_table(config, seeds, results, holdout)
-        write_file(output / f"{config.stem}{suffix}.md", table.encode())
-    print(table)
+            write_table(recipe, config, holdout)
+    print(write_table(recipe, config, holdout))
+
+
+def write_table(recipe: Path, config: Path, holdout: int) -> str:
+    """Write the table of all seeds that are done, of other parts and earlier calls too, beside their folder.
+
+    Raises:
+        ValueError: there is none, or a result is damaged.
+    """
+    results = [load_result(path, holdout) for path in sorted(recipe.glob("seed_*/result.json"))]
+    if not results:
+        raise ValueError(f"no seed of {config} is done yet, and none is in this part of them")
+    table = render_table(config, results, holdout)
+    path = recipe.with_name(f"{recipe.name}.md")
+    write_file(path, table.encode())
+    return f"{table}\n{path}: the table"
 
 
 def shorten_schedule(settings: dict[str, Any], num_images: int) -> list[str]:
@@ -142,7 +175,7 @@ def train(flags: list[str], seed: int, run: Path, num_epochs: int) -> None:
         if sound != last or verify_checkpoint(last)["epoch"] + 1 < num_epochs:
             main(["fit", f"--ckpt_path={last}"])
         return
-    shutil.rmtree(run, ignore_errors=True)  # stopped in its first epoch
+    discard_run(run)  # stopped in its first epoch
     place = {"save_dir": str(run.parent.parent), "name": run.parent.name, "version": run.name}
     logger = {
         "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
@@ -180,6 +213,7 @@ def score(run: Path, seed: int, num_epochs: int, module: MNISTDataModule, holdou
     is_odd = (first + torch.arange(len(losses))) % 2 == 1
     return {
         "seed": seed,
+        "source": module.source,
         "epochs": num_epochs,
         "num_parameters": sum(parameter.numel() for parameter in net.parameters()),
         "mistakes": [first + place for place in plain],
@@ -221,27 +255,31 @@ def shift(images: Tensor, down: int, right: int) -> Tensor:
     return moved
 
 
-def load_result(path: Path, columns: tuple[Column, ...]) -> Result:
-    """A finished seed's result, which has what these columns show.
+def load_result(path: Path, holdout: int = 0) -> Result:
+    """A finished seed's result, which has what a table shows.
 
     Raises:
         ValueError: it is damaged.
     """
     try:
         result: Result = json.loads(path.read_text())
-        for key in ("seed", "epochs", "num_parameters", "hardware", "date"):
-            result[key]
+        for kind, keys in {int: ("seed", "epochs", "num_parameters"), str: ("hardware", "date")}.items():
+            for key in keys:
+                if not isinstance(result[key], kind):
+                    raise TypeError(key)
         result["versions"]["torch"]
-        for column in columns:
+        for column in HOLDOUT if holdout else FINAL:
             column.measure(result)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged; remove it, and the seed is scored again") from error
     return result
 
 
-def render_table(config: Path, seeds: int, results: list[Result], holdout: int = 0) -> str:
-    """The Markdown page of all seeds."""
-    columns = HOLDOUT if holdout else FINAL
+def render_table(config: Path, results: list[Result], holdout: int = 0) -> str:
+    """The Markdown page of all seeds, in order."""
+    first = results[0]
+    source = first.get("source", "mnist")  # the first results did not say
+    columns = [each for each in (HOLDOUT if holdout else FINAL) if source == "mnist" or each is not OF_WRONG_LABELS]
     summary = []
     cells = [[str(result["seed"]) for result in results]]
     for column in columns:
@@ -253,15 +291,14 @@ def render_table(config: Path, seeds: int, results: list[Result], holdout: int =
     rows = [["seed", *(column.title for column in columns)], *zip(*cells, strict=True), summary]
     lines = [f"| {' | '.join(row)} |" for row in rows]
     lines.insert(1, f"|{'---:|' * len(cells)}")
-    first = results[0]
     machines = sorted({f"{one['hardware']}, torch {one['versions']['torch']}, {one['date'][:10]}" for one in results})
     trained, scored = f"all {SPLIT[0]:,} training images", "scored at the last epoch, once per seed"
-    asked = f"python -m digitnet protocol {config} --seeds {seeds}"
+    asked = f"python -m digitnet protocol {config} --seeds {max(one['seed'] for one in results) - FIRST_SEED + 1}"
     if holdout:
         trained, scored = f"the first {SPLIT[0] - holdout:,} training images", f"scored on the next {holdout:,}"
         asked += f" --holdout {holdout}"
     note = (
-        f"{first['num_parameters']:,} parameters, {first['epochs']} epochs on {trained}, {scored}, as docs/protocol.md "
-        f"says. {'; '.join(machines)}: `{asked}`"
+        f"{first['num_parameters']:,} parameters, {first['epochs']} epochs on {trained} of {source}, {scored}, as "
+        f"docs/protocol.md says. {'; '.join(machines)}: `{asked}`"
     )
     return "\n".join([f"# {config.stem}", "", *lines, "", note, ""])

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from digitnet import figures
-from digitnet.checkpoints import find_folder, find_newest, find_run, load_net, read_data_settings
+from digitnet.checkpoints import count_trained_on, find_folder, find_newest, find_run, load_net, read_data_settings
 from digitnet.data import MNISTDataModule
+from digitnet.files import make_writable
 from digitnet.machine import describe_hardware, list_versions
 from digitnet.model import run_in_batches
 from digitnet.study.corruptions import CORRUPTIONS, corrupt
@@ -54,14 +55,19 @@ def robustness(
     config = run / "config.yaml" if run and config is None else config
     folder = folder or find_folder(checkpoint, "report")
     module = load_data_module(read_config(config)) if config else MNISTDataModule(**read_data_settings(stored))
+    make_writable(folder, "--folder")
     module.setup("test")
     dataset = module.datasets[2]
+    known = count_trained_on(read_data_settings(stored), module.source, sum(module.split[:2]))
+    known = min(known, len(dataset))
     images, labels = dataset.images[:, 0].numpy(), dataset.labels
     corrupt(images[:1], "canny_edges", seed)  # says at once what is missing
 
     accuracies: dict[str, float] = {}
     examples = {}
     print(f"{len(images):,} test images of {module.source}, {checkpoint}")
+    if known:
+        print(f"the checkpoint was trained on {known:,} of these {len(images):,} images: it knows them")
     for name in ("clean", *CORRUPTIONS):
         spoiled = images if name == "clean" else corrupt(images, name, seed)
         examples[name] = spoiled[:NUM_SHOWN]
@@ -76,6 +82,7 @@ def robustness(
         "dataset": module.source,
         "split": list(module.split),
         "num_images": len(images),
+        "num_trained_on": known,
         "checkpoint": str(checkpoint),
         "accuracy": accuracies,
         "mean_of_15": mean,
@@ -102,19 +109,21 @@ def find_published(record: dict[str, Any]) -> dict[str, float]:
 
 def render_table(record: dict[str, Any]) -> str:
     """The Markdown page of what ``robustness`` measured."""
-    known = find_published(record)
+    published_of = find_published(record)
     rows: list[tuple[str, str, float, float | None]] = [("clean", "", record["accuracy"]["clean"], None)]
     for name, corruption in CORRUPTIONS.items():
         severity = f"{corruption.severity} of 5: " if corruption.severity else ""
-        rows.append((name, severity + corruption.description, record["accuracy"][name], known.get(name)))
-    rows.append(("mean of 15", "", record["mean_of_15"], known.get("mean")))
+        rows.append((name, severity + corruption.description, record["accuracy"][name], published_of.get(name)))
+    rows.append(("mean of 15", "", record["mean_of_15"], published_of.get("mean")))
     lines = ["| corruption | severity | accuracy | plain CNN, published |", "|---|---|---:|---:|"]
     for name, severity, accuracy, published in rows:
         lines.append(
             f"| {name} | {severity} | {100 * accuracy:.2f} % | {f'{100 * published:.1f} %' if published else '-'} |"
         )
+    known = record["num_trained_on"]
+    told = f"**of which the checkpoint was trained on {known:,} and knows them**, " if known else ""
     note = (
-        f"{record['num_images']:,} test images of {record['dataset']}, split {record['split']}, "
+        f"{record['num_images']:,} test images of {record['dataset']}, split {record['split']}, {told}"
         f"seed {record['seed']}; {record['hardware']}, torch {record['versions']['torch']}, {record['date'][:10]}. The "
         "corruptions are made anew from the parameters published with MNIST-C (Mu and Gilmer, arXiv:1906.02337); the "
         "published figures are of its own files, all 10,000 test images."
