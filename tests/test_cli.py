@@ -622,3 +622,16 @@ def test_test_leaves_a_report_to_open(
     assert f"report.html: accuracy {100 * (1 - num_errors / 180):.2f} %" in capsys.readouterr().out
     assert (run / "report" / "report.html").stat().st_size > 100_000
     assert digitnet("validate") == 0  # which leaves the test's report alone
+
+
+def test_output_that_nobody_reads_to_its_end_is_no_error() -> None:
+    code = (
+        "import sys; from digitnet import __main__ as module; module.load_function = lambda place: print; "
+        "module.run_function = lambda *_: print('a table'); sys.exit(module.main(['explore']))"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141  # as a shell says of a program that a closed pipe ended

@@ -90,6 +90,7 @@ def main(args: list[str] | None = None) -> int:
                 load_function(FOLLOW_UPS[command])(cli.tested)
         else:
             code = run_function(function, command, args[1:])
+        print(end="", flush=True)  # now, where a pipe that nobody reads can be told of
     except BrokenPipeError:  # as of `| head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at its end
         return 141

@@ -109,3 +109,14 @@ def test_it_is_loaded_as_a_module_without_a_trainer(committee: Path) -> None:
     with torch.inference_mode():
         found = DigitClassifier.load_from_checkpoint(committee, weights_only=True).eval()(images)
         torch.testing.assert_close(found, load_net(committee)[0](images))
+
+
+def test_a_member_is_neither_counted_twice_nor_overwritten(
+    digitnet: Run, members: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = members[0].read_bytes()
+    assert digitnet("committee", *members[:2], "--output", members[0]) == 1
+    assert f"output is {members[0]}, which is a member; give another file" in capsys.readouterr().err
+    assert members[0].read_bytes() == before
+    assert digitnet("committee", members[0], members[0]) == 1
+    assert f"{members[0]} is given twice; give each member once" in capsys.readouterr().err

@@ -143,6 +143,7 @@ def test_a_photo_held_sideways_is_turned_upright() -> None:
 def test_an_animation_gives_its_first_frame() -> None:
     frames = encoded(bar(), "GIF", save_all=True, append_images=[Image.new("L", (200, 200), 255)])
     np.testing.assert_array_equal(found(open_picture(frames)).image, found(bar()).image)
+    assert "first of 2 pages" in found(open_picture(frames)).steps
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -367,3 +368,114 @@ def test_split_keeps_a_broken_five_whole() -> None:
     sheet.paste(five(), (0, 0))
     sheet.paste(bar(), (200, 20))
     assert len(split_digits(sheet)) == 2
+
+
+def test_a_rising_line_is_read_from_left_to_right(digits: np.ndarray) -> None:
+    sheet = np.full((620, 900), 255, np.uint8)
+    scales = (6, 4, 6, 4, 6)
+    for i, (image, scale) in enumerate(zip(digits, scales, strict=False)):
+        top = 250 - 50 * i + 14 * (8 - scale)
+        sheet[top : top + 28 * scale, 170 * i : 170 * i + 28 * scale] = 255 - large(image, scale)
+    parts = split_digits(Image.fromarray(sheet))
+    assert len(parts) == 5
+    for part, image, scale in zip(parts, digits, scales, strict=False):
+        assert apart(part.image, found(Image.fromarray(255 - large(image, scale))).image) < 5
+
+
+def test_a_fainter_digit_beside_a_bold_one_is_found() -> None:
+    sheet = Image.new("L", (400, 200), 255)
+    sheet.paste(five(), (0, 0))
+    sheet.paste(Image.eval(bar(), lambda level: 150 + level * 105 // 255), (200, 20))
+    assert len(split_digits(sheet)) == 2
+
+
+# What else is in a picture
+
+
+def with_ink(ink: Image.Image, paper: int = 255, size: tuple[int, int] = (400, 400)) -> Image.Image:
+    """A page with black ink (200, 200) in the middle."""
+    sheet = Image.new("L", size, paper)
+    sheet.paste(0, ((size[0] - 200) // 2, (size[1] - 200) // 2), Image.eval(ink, lambda level: 255 - level))
+    return sheet
+
+
+@pytest.mark.parametrize("tones", [(60, 240), (230, 40)])
+@pytest.mark.parametrize("angle", [0, 8])
+def test_a_sheet_on_a_table_of_another_tone(tones: tuple[int, int], angle: int) -> None:
+    table, paper = tones
+    sheet = with_ink(five())
+    if table > paper:  # chalk on a board
+        sheet = Image.eval(sheet, lambda level: 255 - level)
+    low, high = sorted((paper, 0 if paper > table else 255))
+    sheet = Image.eval(sheet, lambda level: low + level * (high - low) // 255)
+    picture = Image.new("L", (700, 600), table)
+    picture.paste(sheet.rotate(angle, Image.Resampling.BICUBIC, expand=True, fillcolor=table), (100, 60))
+    digit = found(picture)
+    assert "table cut away" in digit.steps
+    expected = found(with_ink(five()).rotate(angle, Image.Resampling.BICUBIC, expand=True, fillcolor=255))
+    assert apart(digit.image, expected.image) < 8
+    assert len(split_digits(picture)) == 1
+
+
+@pytest.mark.parametrize("is_turned", [False, True])
+def test_bars_around_a_screenshot(is_turned: bool) -> None:
+    picture = Image.new("L", (400, 700), 0)
+    picture.paste(with_ink(five()), (0, 150))
+    expected = with_ink(five())
+    if is_turned:
+        picture, expected = (each.transpose(Image.Transpose.ROTATE_90) for each in (picture, expected))
+    digit = found(picture)
+    assert "bars cut away" in digit.steps
+    assert apart(digit.image, found(expected).image) < 5
+
+
+@pytest.mark.parametrize("margin", [0, 3, 40])
+def test_an_upright_stroke_between_margins_is_no_screenshot(margin: int) -> None:
+    picture, draw = page((160, 200))
+    draw.rectangle((60, margin, 99, 199 - margin), 0)
+    assert not any("cut away" in step for step in found(picture).steps)
+
+
+@pytest.mark.parametrize("width", [20, 60])
+def test_the_edge_of_a_table_is_no_one(width: int) -> None:
+    picture = Image.new("L", (400, 400), 255)
+    picture.paste(110, (150, 150), Image.eval(five(), lambda level: 255 - level).resize((100, 100)))
+    expected = found(picture)
+    ImageDraw.Draw(picture).rectangle((400 - width, 0, 399, 399), 60)
+    assert apart(found(picture).image, expected.image) < 5
+
+
+def test_punched_holes_are_no_digits() -> None:
+    picture = with_ink(five())
+    for y in (60, 280):
+        ImageDraw.Draw(picture).ellipse((10, y, 80, y + 70), 30)
+    assert apart(found(picture).image, found(with_ink(five())).image) < 5
+    assert len(split_digits(picture)) == 1
+
+
+@pytest.mark.parametrize("shape", ["rectangle", "ellipse"])
+def test_a_frame_around_a_digit_is_left_out(shape: str) -> None:
+    picture = with_ink(five())
+    getattr(ImageDraw.Draw(picture), shape)((60, 60, 340, 340), outline=0, width=6)
+    assert apart(found(picture).image, found(with_ink(five())).image) < 5
+    assert len(split_digits(picture)) == 1
+
+
+def test_pencil_on_squared_paper() -> None:
+    picture = Image.new("L", (400, 400), 250)
+    draw = ImageDraw.Draw(picture)
+    for place in range(10, 400, 25):
+        draw.line((0, place, 399, place), 190, 2)
+        draw.line((place, 0, place, 399), 190, 2)
+    picture.paste(140, (100, 100), Image.eval(five(), lambda level: 255 - level))
+    digit = found(picture)
+    assert "16 ruled lines dropped" in digit.steps
+    assert apart(digit.image, found(five()).image) < 12
+
+
+def test_what_the_edge_cuts_off_is_told_where_digits_are_whole() -> None:
+    sheet = Image.new("L", (400, 200), 255)
+    sheet.paste(five(), (0, 0))
+    ImageDraw.Draw(sheet).rectangle((375, 20, 399, 119), 0)
+    (digit,) = split_digits(sheet)
+    assert "1 large piece at the edge left out" in digit.steps

@@ -160,6 +160,15 @@ def test_patterns_standard_input_and_contact_sheets(
     assert [Path(one["file"]).name for one in answers] == ["-", "a.png", "empty.png", "*.gif"]
     assert answers[0]["digit"] == answers[1]["digit"]
     assert answers[3]["message"] == "no file is named like this"
+
+    odd = Path("odd")
+    (odd / "in").mkdir(parents=True)
+    (odd / "in" / "line\nbreak\x1b.png").write_bytes(content)
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(content)))
+    assert digitnet("predict", "--ckpt_path", ckpt_path, "odd/*", "-", "-", "") == 1
+    out, err = capsys.readouterr()
+    assert [line.split("  ")[0] for line in out.splitlines()] == ["file", r"odd/in/line\nbreak\x1b.png", "-"]
+    assert err == "digitnet: error: -: was read already\ndigitnet: error: '': an empty name\n"
     sheet = np.asarray(Image.open("seen/sheet_001.png"))
     np.testing.assert_array_equal(sheet[1:85:3, 2:86:3], seen(folder / "a.png"))
 

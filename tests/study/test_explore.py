@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from torchvision.transforms import v2
 
 from digitnet.augment import RandomAffine, preview_augmentation
-from digitnet.study.explore import NUM_DRAWS, draw_pictures, explore, load_data_module, read_config
+from digitnet.study.ablation import load_row, resolve
+from digitnet.study.explore import NUM_DRAWS, SECTIONS, draw_pictures, explore, load_data_module, read_config
 
 DIGITS = "data:\n  source: digits\n  split: [1297, 250, 250]\n"
 AUGMENTATION = """\
@@ -76,6 +78,7 @@ def test_draws_keep_the_order_of_the_originals_and_the_scale_of_uint8() -> None:
     [
         ("a: [1\nb: {", "is no YAML"),
         ("hello", "is no config"),
+        ("dtaa:\n  source: digits", "a key 'dtaa', which fit does not know; did you mean data?"),
         ("data: 3", "where keys such as source and split are expected"),
         ("data:\n  sorce: digits", "'sorce'"),
         ("data:\n  split: [a, b]", "data.split"),
@@ -94,11 +97,22 @@ def test_bad_configs_are_told_in_one_line_and_leave_no_folder(tmp_path: Path, te
     assert not (tmp_path / "out").exists()
 
 
+def test_the_sections_are_those_of_fit() -> None:
+    settings = resolve(load_row(ROOT / "configs" / "quickstart.yaml"))
+    assert set(settings) - set(SECTIONS) == set()
+    assert set(SECTIONS) - set(settings) <= {"ckpt_path", "weights_only"}
+
+
+def test_a_seed_that_cannot_be_is_refused() -> None:
+    with pytest.raises(ValueError, match="seed is 99999999999999999999; it must be from 0 to"):
+        explore(seed=99999999999999999999)
+
+
 def test_a_missing_config_is_named() -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml: no such config"):
         explore(Path("nowhere.yaml"))
 
 
 def test_the_configs_of_the_project_describe_data() -> None:
-    for path in sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")):
+    for path in sorted((ROOT / "configs").glob("*.yaml")):
         assert sum(load_data_module(read_config(path)).split) in (1_797, 70_000), path

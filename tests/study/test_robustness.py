@@ -247,7 +247,12 @@ def test_a_checkpoint_outside_a_run_is_scored_on_the_data_it_names(
     shutil.copy(trained_run / "checkpoints" / "best.ckpt", tmp_path / "mine.ckpt")
     assert digitnet("robustness", "--ckpt_path", "mine.ckpt") == 0
     assert capsys.readouterr().out.startswith("180 test images of digits, mine.ckpt\n")
-    assert (tmp_path / "mine_report" / "robustness.md").is_file()
+    assert "knows them" not in (tmp_path / "mine_report" / "robustness.md").read_text()
+
+    (tmp_path / "other.yaml").write_text("data: {source: digits, split: [1000, 397, 400]}\n")
+    assert digitnet("robustness", "--ckpt_path", "mine.ckpt", "--config", "other.yaml") == 0
+    assert "the checkpoint was trained on 40 of these 400 images: it knows them\n" in capsys.readouterr().out
+    assert "was trained on 40 and knows them" in (tmp_path / "mine_report" / "robustness.md").read_text()
 
 
 def test_a_negative_seed_is_refused(digitnet: Run, capsys: pytest.CaptureFixture[str]) -> None:

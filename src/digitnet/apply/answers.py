@@ -88,7 +88,7 @@ def to_table(answers: list[Answer]) -> str:
     for one in answers:
         if one.status == "error":
             continue
-        name = f"{one.file} {one.number}" if one.number else one.file
+        name = to_printable(f"{one.file} {one.number}" if one.number else one.file)
         second = "" if one.runner_up is None else f"{one.runner_up} {one.runner_up_confidence:.1%}"
         first = "-" if one.digit is None else str(one.digit)
         confidence = "" if one.runner_up is None else f"{one.confidence:.1%}"
@@ -98,6 +98,11 @@ def to_table(answers: list[Answer]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
     return "\n".join(lines) + "\n"
+
+
+def to_printable(text: str) -> str:
+    """Text whose line breaks and commands to a terminal, which a file's name may hold, are written out."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 def save_sheets(folder: Path, answers: list[Answer], images: list[np.ndarray | None]) -> None:

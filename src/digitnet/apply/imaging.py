@@ -23,6 +23,8 @@ from PIL import ExifTags, Image, ImageOps
 from scipy import ndimage
 from scipy.sparse import csgraph
 
+from digitnet.apply.sheet import cut_to_sheet
+
 Invert = Literal["auto", "yes", "no"]
 Box = tuple[slice, slice]
 
@@ -57,7 +59,7 @@ class Digit28(NamedTuple):
 
 
 def open_picture(source: Path | BinaryIO | bytes) -> Image.Image:
-    """Decode a picture, whatever its mode, and turn it as its EXIF data say; the first frame of an animation.
+    """Decode a picture, whatever its mode, and turn it as its EXIF data say; the first of several pages or frames.
 
     Args:
         source: a file's path, its content, or a file opened for reading bytes.
@@ -92,11 +94,13 @@ def open_picture(source: Path | BinaryIO | bytes) -> Image.Image:
             picture.draft("RGB", (SHEET_SIDE, SHEET_SIDE))  # decodes a large photo at half size or less, much faster
         picture.load()
         is_turned = picture.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+        num_pages = getattr(picture, "n_frames", 1) if picture.format in ("TIFF", "GIF") else 1  # a JPEG's is a preview
         if is_turned:
             picture = ImageOps.exif_transpose(picture)
     except Exception as error:  # so can broken content
         raise ValueError("damaged: the picture breaks off or cannot be decoded") from error
-    picture.info["steps"] = ("turned by EXIF",) if is_turned else ()
+    steps = ("turned by EXIF" if is_turned else "", f"first of {num_pages} pages" if num_pages > 1 else "")
+    picture.info["steps"] = tuple(filter(None, steps))
     return picture
 
 
@@ -118,6 +122,8 @@ def normalize(picture: Image.Image, invert: Invert = "auto") -> Digit28 | None:
     for name, wanted in (("no", np.asarray(flat)), ("yes", 255 - np.asarray(flat))):
         if invert in ("auto", name) and is_mnist_like(wanted):
             return Digit28(wanted, (*steps, "inverted") if name == "yes" else steps)
+    flat, sheet_steps = cut_to_sheet(flat)
+    steps = (*steps, *sheet_steps)
     work, factor = to_side(flat, WORK_SIDE)
     ink = find_ink(work, invert)
     if ink is None:
@@ -303,10 +309,11 @@ def pick_digit(ink: Ink) -> Found | None:
         return None
     amounts, boxes = measure_pieces(ink, labels)
     at_edge = (boxes[:, :2] == 0).any(1) | (boxes[:, 2:] == labels.shape).any(1)
-    main = int(np.argmax(amounts * np.where(at_edge, 0.2, 1)))
+    other = find_other_things(labels, boxes, amounts)
+    main = int(np.argmax(amounts * np.where(at_edge, 0.2, 1) * ~other))
 
     gap = GAP * (boxes[main, 2:] - boxes[main, :2]).max()
-    candidates = (amounts > 0.01 * amounts[main]) & ~(at_edge & ~at_edge[main])
+    candidates = (amounts > 0.01 * amounts[main]) & ~(at_edge & ~at_edge[main]) & ~other
     kept = np.zeros(num, bool)
     kept[main] = True
     while True:
@@ -316,11 +323,41 @@ def pick_digit(ink: Ink) -> Found | None:
         if (near == kept).all():
             break
         kept = near
-    num_left = int(num - kept.sum())
-    num_large = int((~kept & (amounts > LARGE * amounts[main])).sum())
+    num_left = int((~kept & ~other).sum())
+    num_large = int((~kept & ~other & (amounts > LARGE * amounts[main])).sum())
     if num_left > num_large:
         steps.append(f"{count(num_left - num_large, 'speck')} dropped")
     return cut_out(ink, labels, kept, tuple(steps))._replace(num_left_out=num_large)
+
+
+def find_other_things(labels: np.ndarray, boxes: np.ndarray, amounts: np.ndarray) -> np.ndarray:
+    """Which pieces are no digits: a table's edge along a whole side, a punched hole, a frame around a digit.
+
+    Args:
+        labels: (H, W) of the pieces, from 1 on.
+        boxes: (N, 4) of each: top, left, bottom, right.
+        amounts: (N,) of its ink.
+
+    Returns:
+        (N,) bool; none of them where there is nothing else.
+    """
+    num = len(boxes)
+    other = np.zeros(num, bool)
+    for side in (labels[0], labels[-1], labels[:, 0], labels[:, -1]):
+        other |= np.bincount(side, minlength=num + 1)[1:] >= 0.9 * len(side)
+    sizes = boxes[:, 2:] - boxes[:, :2]  # (N, 2): height, width
+    for i in np.flatnonzero((amounts > 0.05 * amounts.max()) & ~other):
+        top, left, bottom, right = boxes[i]
+        within = labels[top:bottom, left:right]
+        piece, longest = within == i + 1, sizes[i].max()
+        if longest < 1.4 * sizes[i].min() and piece.mean() > 0.65:  # a disc fills 0.79 of its box
+            other[i] = 2 * ndimage.distance_transform_edt(np.pad(piece, 1)).max() >= 0.8 * longest
+        inner = (boxes[:, :2] > boxes[i, :2]).all(1) & (boxes[:, 2:] < boxes[i, 2:]).all(1)
+        inner &= (sizes[:, 0] > 0.3 * sizes[i, 0]) & (amounts > 0.05 * amounts[i])
+        if inner.any():
+            holes = ndimage.binary_fill_holes(piece) & ~piece
+            other[i] |= inner[np.unique(within[holes & (within > 0)]) - 1].any()
+    return other & ~other.all()
 
 
 def measure_pieces(ink: Ink, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -350,7 +387,10 @@ def cut_out(ink: Ink, labels: np.ndarray, kept: np.ndarray, steps: tuple[str, ..
 
 
 def label_ink(ink: Ink) -> tuple[np.ndarray, int]:
-    """Number the pieces of ink from 1, and say how many: above half of Otsu's threshold, and reaching it somewhere."""
+    """Number the pieces of ink from 1, and say how many: above half of Otsu's threshold, and reaching it somewhere.
+
+    Or of a fainter pen beside a bolder one: well above the noise, with a tenth of the largest piece's ink or more.
+    """
     values = ink.values[ink.values > ink.floor]
     edges = np.linspace(0, values.max(), 65)
     counts = np.bincount((values * (64 / edges[-1])).astype(np.intp).clip(max=63), minlength=64)
@@ -359,7 +399,11 @@ def label_ink(ink: Ink) -> tuple[np.ndarray, int]:
     threshold = edges[1 + np.argmax(between)]
     weak = ink.values > max(ink.floor, 0.5 * threshold)
     labels, num = ndimage.label(weak, np.ones((3, 3)))
-    strong = np.bincount(labels[ink.values >= threshold], minlength=num + 1) > 0
+    clear, strong = (
+        np.bincount(labels[ink.values >= least], minlength=num + 1) > 0 for least in (3 * ink.floor, threshold)
+    )
+    amounts = np.bincount(labels.ravel(), ink.values.ravel(), num + 1)
+    strong |= clear & (amounts > 0.1 * amounts[1:].max(initial=0))
     strong[0] = False
     numbers = np.where(strong, np.cumsum(strong), 0)
     return numbers[labels], int(numbers.max())
@@ -368,6 +412,15 @@ def label_ink(ink: Ink) -> tuple[np.ndarray, int]:
 def without_lines(ink: Ink) -> Ink:
     """Take away ruled lines: thin, straight, from edge to edge; strokes that cross them stay whole."""
     values, total = ink.values, 0
+    others = values > ink.floor  # than lines, whichever way these run; three may be strokes of a digit cut out tightly
+    for image, is_turned in ((others.copy(), False), (others.T.copy(), True)):
+        band, _, num = find_lines(image)
+        if num >= 4:
+            others &= ~(band.T if is_turned else band)
+    if not others.any():
+        return ink
+    reaches_edge = others[[0, -1]].any() or others[:, [0, -1]].any()
+    blackness = np.percentile(values[others], 75)
     for turned in (False, True):
         image = values.T if turned else values
         mask = image > ink.floor
@@ -377,9 +430,8 @@ def without_lines(ink: Ink) -> Ink:
         rest = mask & ~band
         if not num or not rest.any():
             continue
-        touching = rest[[0, -1]].any() or rest[:, [0, -1]].any()
         tone = np.percentile(image[band & mask], 75)
-        if touching and tone > 0.7 * np.percentile(image[rest], 75):
+        if reaches_edge and tone > 0.7 * blackness:
             continue  # as black as the rest, which reaches the edge as well: a digit cut out tightly
         crossing = ndimage.minimum_filter1d(ndimage.maximum_filter1d(rest.view(np.uint8), bridge, 0), bridge, 0) > 0
         line = band & ~crossing & (image < 1.5 * tone)  # a stroke along it is blacker
@@ -474,17 +526,22 @@ def split_digits(picture: Image.Image, invert: Invert = "auto") -> list[Digit28]
     Returns:
         The digits; none on a blank sheet.
     """
-    ink = find_ink(to_side(flatten(picture), SHEET_SIDE)[0], invert)
+    flat, sheet_steps = cut_to_sheet(flatten(picture))
+    ink = find_ink(to_side(flat, SHEET_SIDE)[0], invert)
     if ink is None:
         return []
-    (labels, num), steps = label_ink(ink), (*picture.info.get("steps", ()), *ink.steps)
+    (labels, num), steps = label_ink(ink), (*picture.info.get("steps", ()), *sheet_steps, *ink.steps)
     if not num:
         return []
     amounts, boxes = measure_pieces(ink, labels)
     at_edge = (boxes[:, :2] == 0).any(1) | (boxes[:, 2:] == labels.shape).any(1)
-    whole = (amounts > 0.02 * amounts.max()) & ~at_edge
+    left_out = at_edge | find_other_things(labels, boxes, amounts)
+    whole = (amounts > 0.02 * amounts[~left_out].max(initial=0)) & ~left_out
     if not whole.any():
         whole = amounts > 0.02 * amounts.max()
+    num_large = int((at_edge & ~whole & (amounts > LARGE * amounts[whole].max())).sum())
+    if num_large:
+        steps = (*steps, f"{count(num_large, 'large piece')} at the edge left out")
     found = []
     for group in digit_groups(boxes, whole):
         digit = cut_out(ink, labels, group, ())
@@ -510,15 +567,18 @@ def digit_groups(boxes: np.ndarray, whole: np.ndarray) -> list[np.ndarray]:
 
 
 def reading_order(found: list[tuple[Box, Digit28]]) -> list[tuple[Box, Digit28]]:
-    """Line by line, from left to right; a line is what overlaps its first digit by half a digit's height."""
+    """Line by line, from left to right; a line goes on with what overlaps its last digit by half the smaller height."""
     lines: list[list[tuple[Box, Digit28]]] = []
-    for one in sorted(found, key=lambda one: one[0][0].start):
-        rows = one[0][0]
-        for line in lines:
-            first = line[0][0][0]
-            if min(rows.stop, first.stop) - max(rows.start, first.start) >= 0.5 * (rows.stop - rows.start):
-                line.append(one)
-                break
+    for one in sorted(found, key=lambda one: one[0][1].start):
+        overlaps = [overlap(line[-1][0][0], one[0][0]) for line in lines]
+        if max(overlaps, default=0) >= 0.5:
+            lines[int(np.argmax(overlaps))].append(one)
         else:
             lines.append([one])
-    return [one for line in lines for one in sorted(line, key=lambda one: one[0][1].start)]
+    lines.sort(key=lambda line: float(np.mean([rows.start + rows.stop for (rows, _), _ in line])))
+    return [one for line in lines for one in line]
+
+
+def overlap(a: slice, b: slice) -> float:
+    """What two stretches share, as a share of the shorter one; less than 0 where they lie apart."""
+    return (min(a.stop, b.stop) - max(a.start, b.start)) / min(a.stop - a.start, b.stop - b.start)

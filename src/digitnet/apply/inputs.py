@@ -35,25 +35,35 @@ class Source(NamedTuple):
 
 def find_pictures(files: Iterable[str]) -> Iterator[Source]:
     """What was named, file by file; in folders, what has the ending of a picture and is not hidden, sorted."""
+    has_read = False
     for name in files:
         path = Path(name)
-        if name == "-":
-            yield Source(name, sys.stdin.buffer.read())
+        if not name:
+            yield Source(name, None, "an empty name")
+        elif name == "-":
+            yield Source(name, sys.stdin.buffer.read()) if not has_read else Source(name, None, "was read already")
+            has_read = True
         elif path.is_dir():
-            # Hidden are unfinished files, and what macOS writes beside each picture on other systems' disks.
-            shown = (file for file in path.rglob("*") if not file.name.startswith("."))
-            inside = sorted(file for file in shown if file.suffix.lower() in SUFFIXES and file.is_file())
-            yield from (Source(str(file), file) for file in inside)
-            if not inside:
-                yield Source(name, None, f"a folder without pictures ({', '.join(sorted(SUFFIXES))})")
+            yield from find_in_folder(path)
         elif has_magic(name) and not path.exists():
             anchor = Path(path.anchor)
-            found = sorted(file for file in anchor.glob(str(path.relative_to(anchor))) if file.is_file())
-            yield from (Source(str(file), file) for file in found)
+            found = sorted(anchor.glob(str(path.relative_to(anchor))))
+            for one in found:
+                yield from find_in_folder(one) if one.is_dir() else [Source(str(one), one)]
             if not found:
                 yield Source(name, None, "no file is named like this")
         else:
             yield Source(name, path)
+
+
+def find_in_folder(folder: Path) -> Iterator[Source]:
+    """What has the ending of a picture in a folder and the folders in it, sorted; links to folders are not followed."""
+    # Hidden are unfinished files, and what macOS writes beside each picture on other systems' disks.
+    shown = (file for file in folder.rglob("*") if not file.name.startswith("."))
+    inside = sorted(file for file in shown if file.suffix.lower() in SUFFIXES and file.is_file())
+    yield from (Source(str(file), file) for file in inside)
+    if not inside:
+        yield Source(str(folder), None, f"a folder without pictures ({', '.join(sorted(SUFFIXES))})")
 
 
 def prepare(source: Source, invert: Invert, split: bool) -> list[Digit28] | str:

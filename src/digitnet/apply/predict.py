@@ -72,6 +72,6 @@ def predict(
     else:
         print(formats.to_table(answers), end="")
     for wrong in (one for one in answers if one.status == "error"):
-        print(f"digitnet: error: {wrong.file}: {wrong.message}", file=sys.stderr)
+        print(f"digitnet: error: {formats.to_printable(wrong.file) or repr('')}: {wrong.message}", file=sys.stderr)
     statuses = {one.status for one in answers}
     return FAILED if "error" in statuses else NO_DIGIT if "no digit" in statuses else DONE

@@ -90,12 +90,13 @@ def ablate(folder: Path, seeds: int = 1, shard: str = "1/1", output: Path = Path
     """
     tables = load_tables(folder)
     jobs = pick_jobs(tables, seeds, shard)
-    make_writable(output, "--output")
     results = load_results(output)
     finished = find_finished(results)
     pending = [(row, seed) for row, seed in jobs if (row.digest, seed) not in finished]
     # All of them before the first is trained: a typo should not wait for hours.
     epochs = {row: count_epochs(row) for row in dict(pending)}
+    if pending:
+        make_writable(output, "--output")
     if jobs:
         print(f"{len(jobs)} runs, {len(jobs) - len(pending)} of them finished before", flush=True)
     failures: list[str] = []

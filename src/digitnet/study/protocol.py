@@ -121,7 +121,6 @@ def protocol(
     module = MNISTDataModule(**{key: settings["data"][key] for key in ("source", "data_dir")}, split=split)
     mine = parse_shard(shard)
     recipe = output / f"{config.stem}-{row.digest[:8]}{suffix}"
-    make_writable(recipe, "--output")
     for seed in list(range(FIRST_SEED, FIRST_SEED + seeds))[mine]:
         run = recipe / f"seed_{seed}"
         if not (run / "result.json").is_file():
@@ -131,6 +130,7 @@ def protocol(
                 module.setup("test")
             except ValueError as error:
                 raise ValueError(f"the protocol takes {sum(SPLIT):,} images in MNIST's order: {error}") from error
+            make_writable(recipe, "--output")
             try:
                 train([*flags, f"--data.split={list(split)}"], seed, run, num_epochs)
             except (KeyboardInterrupt, SystemExit):  # the latter is how fit ends after Ctrl-C

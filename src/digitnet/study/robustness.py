@@ -55,13 +55,13 @@ def robustness(
     config = run / "config.yaml" if run and config is None else config
     folder = folder or find_folder(checkpoint, "report")
     module = load_data_module(read_config(config)) if config else MNISTDataModule(**read_data_settings(stored))
-    make_writable(folder, "--folder")
     module.setup("test")
     dataset = module.datasets[2]
     known = count_trained_on(read_data_settings(stored), module.source, sum(module.split[:2]))
     known = min(known, len(dataset))
     images, labels = dataset.images[:, 0].numpy(), dataset.labels
     corrupt(images[:1], "canny_edges", seed)  # says at once what is missing
+    make_writable(folder, "--folder")
 
     accuracies: dict[str, float] = {}
     examples = {}

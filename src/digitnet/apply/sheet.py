@@ -1,0 +1,103 @@
+"""A picture of a sheet of paper, or of a screen, with something around it -> the sheet alone."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage
+
+SIDE = 160  # of the picture in which a sheet is looked for
+STEP = 60  # grey levels between a sheet and what is around it, at least
+EVENNESS = 16  # grey levels that a bar varies by, at most
+
+
+def cut_to_sheet(picture: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
+    """Cut away the bars that telephones put around pictures, or else the table that a sheet lies on.
+
+    Args:
+        picture: in mode "L" or "RGB".
+
+    Returns:
+        The sheet and, in words, what was cut away. A picture without any such thing comes back as it is.
+    """
+    factor = math.ceil(max(picture.size) / SIDE)
+    grey = np.asarray(picture.reduce(factor).convert("L"), np.int16)
+    if min(grey.shape) < SIDE // 4:
+        return picture, ()
+    if box := find_between_bars(grey):
+        return crop(picture, box, factor), ("bars cut away",)
+    sheet = find_sheet(grey)
+    if sheet is None:
+        return picture, ()
+    inside = ndimage.binary_erosion(sheet, iterations=2)
+    rows, columns = ndimage.find_objects(inside.astype(np.uint8))[0]
+    box = (columns.start, rows.start, columns.stop, rows.stop)
+    paper = np.median(np.asarray(picture.reduce(factor))[inside], axis=0)
+    beside = Image.new(picture.mode, picture.size, tuple(np.atleast_1d(paper).round().astype(int).tolist()))
+    mask = Image.fromarray(inside).resize((grey.shape[1] * factor, grey.shape[0] * factor), Image.Resampling.NEAREST)
+    whole = Image.composite(picture, beside, mask.crop((0, 0, *picture.size)))
+    return crop(whole, box, factor), ("table cut away",)
+
+
+def crop(picture: Image.Image, box: tuple[int, int, int, int], factor: int) -> Image.Image:
+    """What a box (left, top, right, bottom) of the reduced picture holds of the picture."""
+    left, top, right, bottom = (factor * edge for edge in box)
+    return picture.crop((left, top, min(right, picture.width), min(bottom, picture.height)))
+
+
+def find_between_bars(grey: np.ndarray) -> tuple[int, int, int, int] | None:
+    """The box (left, top, right, bottom) between two even bars along opposite sides of a picture (H, W), if any.
+
+    All of what begins behind a bar is of another tone: between blank margins, a digit begins in the middle.
+    """
+    height, width = grey.shape
+    for image, is_turned in ((grey, False), (grey.T, True)):
+        length = len(image)
+        lows, highs = image.min(1), image.max(1)
+        ends = []
+        for order in (slice(None), slice(None, None, -1)):
+            low, high = lows[order], highs[order]
+            is_bar = (high - low <= EVENNESS) & (np.abs(low - low[0]) <= EVENNESS)
+            end = length if is_bar.all() else int(np.argmin(is_bar)) + 1  # the row that has some of both is cut, too
+            first = image[order][min(end, length - 1)]
+            is_other = np.abs(first - np.median(image[order][0])) > STEP
+            ends.append(end if 0.04 * length <= end < length and is_other.mean() > 0.95 else 0)
+        if all(ends) and sum(ends) < 0.7 * length:
+            start, stop = ends[0], length - ends[1]
+            return (start, 0, stop, height) if is_turned else (0, start, width, stop)
+    return None
+
+
+def find_sheet(grey: np.ndarray) -> np.ndarray | None:
+    """Where in a picture (H, W) a sheet lies that is written on and away from the picture's sides: bool, if any."""
+    border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
+    table = np.median(border)
+    if np.abs(border - table).mean() > 20:
+        return None
+    for of_other_tone in (grey > table + STEP, grey < table - STEP):
+        labels, num = ndimage.label(of_other_tone)
+        if not num:
+            continue
+        largest = labels == 1 + np.argmax(np.bincount(labels.ravel())[1:])
+        sheet = ndimage.binary_fill_holes(largest)
+        written = 1 - largest.sum() / sheet.sum()
+        if sheet.mean() >= 0.12 and 0.002 <= written <= 0.3 and is_rectangle(sheet):
+            return sheet
+    return None
+
+
+def is_rectangle(region: np.ndarray) -> bool:
+    """Whether a region (H, W) bool fills most of the smallest rectangle around it, whichever way that is turned."""
+    from scipy.spatial import ConvexHull  # takes a while that most pictures need not wait for
+
+    points = np.argwhere(region)
+    corners = points[ConvexHull(points).vertices]
+    along = np.roll(corners, -1, axis=0) - corners
+    along = along / np.linalg.norm(
+        along, axis=1, keepdims=True
+    )  # (K, 2): one of the rectangle's sides lies along the hull's
+    across = along[:, ::-1] * [1, -1]
+    areas = (np.ptp(corners @ along.T, axis=0) + 1) * (np.ptp(corners @ across.T, axis=0) + 1)
+    return bool(len(points) >= 0.85 * areas.min())
