@@ -412,20 +412,20 @@ def label_ink(ink: Ink) -> tuple[np.ndarray, int]:
 def without_lines(ink: Ink) -> Ink:
     """Take away ruled lines: thin, straight, from edge to edge; strokes that cross them stay whole."""
     values, total = ink.values, 0
-    others = values > ink.floor  # than lines, whichever way these run; three may be strokes of a digit cut out tightly
-    for image, is_turned in ((others.copy(), False), (others.T.copy(), True)):
-        band, _, num = find_lines(image)
+    inked = values > ink.floor
+    ways = [turned for turned in (False, True) if spans(inked.T if turned else inked)]
+    others = inked.copy()  # than lines, whichever way these run; three may be strokes of a digit cut out tightly
+    for turned in ways:
+        band, _, num = find_lines(inked.T if turned else inked)
         if num >= 4:
-            others &= ~(band.T if is_turned else band)
-    if not others.any():
+            others &= ~(band.T if turned else band)
+    if not ways or not others.any():
         return ink
     reaches_edge = others[[0, -1]].any() or others[:, [0, -1]].any()
     blackness = np.percentile(values[others], 75)
-    for turned in (False, True):
+    for turned in ways:
         image = values.T if turned else values
         mask = image > ink.floor
-        if not (mask[:, :4].any() and mask[:, -4:].any()):
-            continue
         band, bridge, num = find_lines(mask)
         rest = mask & ~band
         if not num or not rest.any():
@@ -439,6 +439,11 @@ def without_lines(ink: Ink) -> Ink:
         values, total = (image.T if turned else image), total + num
     steps = (f"{count(total, 'ruled line')} dropped",) if total else ()
     return ink._replace(values=values, steps=ink.steps + steps)
+
+
+def spans(mask: np.ndarray) -> bool:
+    """Whether something lies at the left edge and at the right one, as of a ruled line it must."""
+    return bool(mask[:, :4].any() and mask[:, -4:].any())
 
 
 def find_lines(mask: np.ndarray) -> tuple[np.ndarray, int, int]:

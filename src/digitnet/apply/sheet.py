@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
+MIN_SIDE = 96  # of a picture that is looked at: a smaller one is a digit cut out
 SIDE = 160  # of the picture in which a sheet is looked for
 STEP = 60  # grey levels between a sheet and what is around it, at least
 EVENNESS = 16  # grey levels that a bar varies by, at most
@@ -23,9 +24,9 @@ def cut_to_sheet(picture: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
         The sheet and, in words, what was cut away. A picture without any such thing comes back as it is.
     """
     factor = math.ceil(max(picture.size) / SIDE)
-    grey = np.asarray(picture.reduce(factor).convert("L"), np.int16)
-    if min(grey.shape) < SIDE // 4:
+    if min(picture.size) < max(MIN_SIDE, 8 * factor):
         return picture, ()
+    grey = np.asarray(picture.reduce(factor).convert("L"), np.int16)
     if box := find_between_bars(grey):
         return crop(picture, box, factor), ("bars cut away",)
     sheet = find_sheet(grey)
