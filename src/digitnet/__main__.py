@@ -91,10 +91,9 @@ def main(args: list[str] | None = None) -> int:
         else:
             code = run_function(function, command, args[1:])
         print(end="", flush=True)  # now, where a pipe that nobody reads can be told of
-    except BrokenPipeError:  # as of `| head`: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at its end
-        return 141
     except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and is_unread():
+            return 141
         if os.environ.get("DIGITNET_DEBUG"):
             raise
         text = str(error)
@@ -106,6 +105,16 @@ def main(args: list[str] | None = None) -> int:
         print("digitnet: stopped", file=sys.stderr)
         return 130
     return code if isinstance(code, int) else 0
+
+
+def is_unread() -> bool:
+    """Whether nobody reads what is printed, as after ``| head``; Python then does not complain of it at its end."""
+    try:
+        print(end="", flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def load_function(place: str) -> Callable[..., Any]:

@@ -70,11 +70,13 @@ def discard_run(folder: Path) -> None:
     """Empty the folder, if any, of a run that was stopped before it had a checkpoint to go on from.
 
     Raises:
-        ValueError: a ``fit`` is at work in it.
+        ValueError: a ``fit`` is at work in it, or it was finished meanwhile.
     """
     if not folder.is_dir():
         return
     with _lock(folder):
+        if (folder / "result.json").exists():
+            raise ValueError(f"{folder} was finished by another process meanwhile; type the command again")
         for path in folder.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)

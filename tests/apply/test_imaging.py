@@ -449,7 +449,9 @@ def test_punched_holes_are_no_digits() -> None:
     picture = with_ink(five())
     for y in (60, 280):
         ImageDraw.Draw(picture).ellipse((10, y, 80, y + 70), 30)
-    assert apart(found(picture).image, found(with_ink(five())).image) < 5
+    digit = found(picture)
+    assert "2 other things dropped" in digit.steps
+    assert apart(digit.image, found(with_ink(five())).image) < 5
     assert len(split_digits(picture)) == 1
 
 
@@ -479,3 +481,56 @@ def test_what_the_edge_cuts_off_is_told_where_digits_are_whole() -> None:
     ImageDraw.Draw(sheet).rectangle((375, 20, 399, 119), 0)
     (digit,) = split_digits(sheet)
     assert "1 large piece at the edge left out" in digit.steps
+
+
+@pytest.mark.parametrize("num", [1, 2, 3, 5])
+@pytest.mark.parametrize("tone", [0, 90])
+def test_dark_ruled_lines_go_and_are_no_bars(num: int, tone: int) -> None:
+    expected = with_ink(five())
+    picture = expected.copy()
+    for line in range(num):
+        y = 290 if num == 1 else 60 + 280 * line // (num - 1)
+        ImageDraw.Draw(picture).line((0, y, 399, y), tone, 3)
+    digit = found(picture)
+    assert not any("cut away" in step for step in digit.steps)
+    assert apart(digit.image, found(expected).image) < 12
+
+
+@pytest.mark.parametrize("width", [40, 48, 56])
+def test_a_thick_zero_is_no_sheet(width: int) -> None:
+    picture, draw = page((300, 300))
+    draw.rounded_rectangle((80, 50, 220, 250), 40, outline=0, width=width)
+    digit = found(picture)
+    assert not any("cut away" in step for step in digit.steps)
+    assert (digit.image > 127).sum() > 150
+
+
+@pytest.mark.parametrize(("size", "left", "width"), [((120, 400), 35, 50), ((200, 400), 60, 80)])
+def test_a_stroke_cut_out_tightly_is_no_screenshot(size: tuple[int, int], left: int, width: int) -> None:
+    picture, draw = page(size)
+    draw.rectangle((left, 0, left + width, size[1]), 0)
+    assert extent(found(picture).image)[0] == 20
+
+
+def test_a_digit_cut_out_tightly_is_kept_beside_a_speck() -> None:
+    picture, draw = page((100, 140))
+    draw.line((0, 6, 99, 6), 0, 13)
+    draw.line((93, 6, 40, 139), 0, 13)
+    draw.ellipse((10, 110, 17, 117), 0)
+    image = found(picture).image
+    assert (image[image.any(1)][1] > 127).sum() >= 12
+
+
+def test_a_zero_with_its_stroke_inside_is_no_frame() -> None:
+    picture, draw = page((300, 300))
+    draw.ellipse((80, 40, 220, 260), outline=0, width=18)
+    zero = found(picture)
+    draw.line((120, 200, 180, 100), 0, 14)
+    assert apart(found(picture).image, zero.image) < 15
+
+
+def test_a_grey_smudge_is_no_digit_beside_a_bold_one() -> None:
+    expected = with_ink(five(), size=(600, 400))
+    picture = expected.copy()
+    ImageDraw.Draw(picture).ellipse((20, 60, 160, 330), 150)
+    assert apart(found(picture).image, found(expected).image) < 5

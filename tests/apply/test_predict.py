@@ -18,6 +18,7 @@ from conftest import Run
 from PIL import Image
 
 from digitnet.apply.imaging import normalize, open_picture
+from digitnet.apply.inputs import find_pictures
 from digitnet.apply.predictor import Predictor
 from digitnet.data import load_bundled_digits
 
@@ -162,13 +163,23 @@ def test_patterns_standard_input_and_contact_sheets(
     assert answers[3]["message"] == "no file is named like this"
 
     odd = Path("odd")
-    (odd / "in").mkdir(parents=True)
-    (odd / "in" / "line\nbreak\x1b.png").write_bytes(content)
+    for name in ("in", "empty", ".hidden"):
+        (odd / name).mkdir(parents=True)
+        (odd / name / "notes.txt").touch()
+    (odd / ".hidden" / "a.png").write_bytes(content)
+    (odd / "in" / "line\nbreak\x1b at 9.41\u202fPM.png").write_bytes(content)
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(content)))
     assert digitnet("predict", "--ckpt_path", ckpt_path, "odd/*", "-", "-", "") == 1
     out, err = capsys.readouterr()
-    assert [line.split("  ")[0] for line in out.splitlines()] == ["file", r"odd/in/line\nbreak\x1b.png", "-"]
+    assert [line.split("  ")[0] for line in out.splitlines()] == [
+        "file",
+        "odd/in/line\\nbreak\\x1b at 9.41\u202fPM.png",
+        "-",
+    ]
     assert err == "digitnet: error: -: was read already\ndigitnet: error: '': an empty name\n"
+    for pattern in ("odd/*", "odd/**/*.png"):
+        names = [source.name for source in find_pictures([pattern])]
+        assert names == ["odd/in/line\nbreak\x1b at 9.41\u202fPM.png"]
     sheet = np.asarray(Image.open("seen/sheet_001.png"))
     np.testing.assert_array_equal(sheet[1:85:3, 2:86:3], seen(folder / "a.png"))
 

@@ -241,7 +241,10 @@ def test_data_that_are_not_as_many_as_mnist_are_refused(
 ) -> None:
     (tmp_path / "mine.yaml").write_text(CONFIG)
     assert digitnet("protocol", "mine.yaml", "--seeds", 1) == 1
-    assert "error: the protocol takes 70,000 images in MNIST's order: " in capsys.readouterr().err
+    assert (
+        "error: digits has 1,797 images; the protocol takes 70,000, in the order of MNIST's\n"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_place_that_cannot_be_written_is_told(

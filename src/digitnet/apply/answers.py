@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -102,7 +103,10 @@ def to_table(answers: list[Answer]) -> str:
 
 def to_printable(text: str) -> str:
     """Text whose line breaks and commands to a terminal, which a file's name may hold, are written out."""
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+    commands = ("Cc", "Cf", "Cs", "Zl", "Zp")  # and what is no letter at all; other spaces are common in names
+    return "".join(
+        each.encode("unicode_escape").decode() if unicodedata.category(each) in commands else each for each in text
+    )
 
 
 def save_sheets(folder: Path, answers: list[Answer], images: list[np.ndarray | None]) -> None:

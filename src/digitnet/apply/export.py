@@ -130,7 +130,7 @@ def load_test_digits(checkpoint: Path, data_dir: Path | None) -> tuple[str, list
     start = split[0] + split[1]
     if sum(split) != len(digits.labels):
         raise ValueError(
-            f"{checkpoint} was trained on {sum(split):,} images of {source}, which has {len(digits.labels):,} now; "
+            f"{checkpoint} is of a split of {sum(split):,} images of {source}, which has {len(digits.labels):,} now; "
             "export takes the same, to compare"
         )
     return source, split, Digits(digits.images[start:], digits.labels[start:])

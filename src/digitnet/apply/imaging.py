@@ -132,7 +132,8 @@ def normalize(picture: Image.Image, invert: Invert = "auto") -> Digit28 | None:
     if found is None:
         return None
     # Probably other digits: the closer look below no longer sees them.
-    left_out = (f"{count(found.num_left_out, 'large piece')} left out",) if found.num_left_out else ()
+    left_out: list[str] = [f"{count(found.num_left_out, 'large piece')} left out"] if found.num_left_out else []
+    left_out += [f"{count(found.num_others, 'other thing')} dropped"] if found.num_others else []
     rows, columns = found.box
     size = max(rows.stop - rows.start, columns.stop - columns.start)
     if factor > 1 and size < 3 * 28:  # small in a large picture: look again, closer
@@ -300,21 +301,23 @@ class Found(NamedTuple):
     box: Box
     steps: tuple[str, ...]
     num_left_out: int = 0  # pieces that are too large for specks
+    num_others: int = 0  # frames, holes and edges
 
 
 def pick_digit(ink: Ink) -> Found | None:
     """The largest piece of ink that is not cut off by the edge, and the pieces that belong to it."""
-    (labels, num), steps = label_ink(ink), []
-    if not num:
+    (labels, bold), steps = label_ink(ink), []
+    if not len(bold):
         return None
     amounts, boxes = measure_pieces(ink, labels)
     at_edge = (boxes[:, :2] == 0).any(1) | (boxes[:, 2:] == labels.shape).any(1)
     other = find_other_things(labels, boxes, amounts)
-    main = int(np.argmax(amounts * np.where(at_edge, 0.2, 1) * ~other))
+    usable = bold & ~other if (bold & ~other).any() else ~other
+    main = int(np.argmax(amounts * np.where(at_edge, 0.2, 1) * usable))
 
     gap = GAP * (boxes[main, 2:] - boxes[main, :2]).max()
-    candidates = (amounts > 0.01 * amounts[main]) & ~(at_edge & ~at_edge[main]) & ~other
-    kept = np.zeros(num, bool)
+    candidates = (amounts > 0.01 * amounts[main]) & ~(at_edge & ~at_edge[main]) & usable
+    kept = np.zeros(len(bold), bool)
     kept[main] = True
     while True:
         lows, highs = boxes[kept, :2].min(0), boxes[kept, 2:].max(0)
@@ -327,7 +330,7 @@ def pick_digit(ink: Ink) -> Found | None:
     num_large = int((~kept & ~other & (amounts > LARGE * amounts[main])).sum())
     if num_left > num_large:
         steps.append(f"{count(num_left - num_large, 'speck')} dropped")
-    return cut_out(ink, labels, kept, tuple(steps))._replace(num_left_out=num_large)
+    return cut_out(ink, labels, kept, tuple(steps))._replace(num_left_out=num_large, num_others=int(other.sum()))
 
 
 def find_other_things(labels: np.ndarray, boxes: np.ndarray, amounts: np.ndarray) -> np.ndarray:
@@ -339,24 +342,33 @@ def find_other_things(labels: np.ndarray, boxes: np.ndarray, amounts: np.ndarray
         amounts: (N,) of its ink.
 
     Returns:
-        (N,) bool; none of them where there is nothing else.
+        (N,) bool; none of them where there is nothing else that may be a digit.
     """
     num = len(boxes)
-    other = np.zeros(num, bool)
-    for side in (labels[0], labels[-1], labels[:, 0], labels[:, -1]):
-        other |= np.bincount(side, minlength=num + 1)[1:] >= 0.9 * len(side)
+    edges, holes, frames = np.zeros((3, num), bool)
     sizes = boxes[:, 2:] - boxes[:, :2]  # (N, 2): height, width
-    for i in np.flatnonzero((amounts > 0.05 * amounts.max()) & ~other):
+    longest = sizes.max(1)
+    for side in (labels[0], labels[-1], labels[:, 0], labels[:, -1]):
+        edges |= np.bincount(side, minlength=num + 1)[1:] >= 0.9 * len(side)
+    if edges.any():
+        main = int(np.argmax(amounts * ~edges))  # lies away from the sides, or it is a digit cut out tightly
+        is_inside = (boxes[main, :2] > 0).all() and (boxes[main, 2:] < labels.shape).all()
+        edges &= bool(is_inside and longest[main] >= 0.1 * min(labels.shape))
+    for i in np.flatnonzero((amounts > 0.05 * amounts.max()) & ~edges):
         top, left, bottom, right = boxes[i]
         within = labels[top:bottom, left:right]
-        piece, longest = within == i + 1, sizes[i].max()
-        if longest < 1.4 * sizes[i].min() and piece.mean() > 0.65:  # a disc fills 0.79 of its box
-            other[i] = 2 * ndimage.distance_transform_edt(np.pad(piece, 1)).max() >= 0.8 * longest
+        piece = within == i + 1
+        if longest[i] < 1.4 * sizes[i].min() and piece.mean() > 0.65:  # a disc fills 0.79 of its box
+            holes[i] = 2 * ndimage.distance_transform_edt(np.pad(piece, 1)).max() >= 0.8 * longest[i]
         inner = (boxes[:, :2] > boxes[i, :2]).all(1) & (boxes[:, 2:] < boxes[i, 2:]).all(1)
         inner &= (sizes[:, 0] > 0.3 * sizes[i, 0]) & (amounts > 0.05 * amounts[i])
         if inner.any():
-            holes = ndimage.binary_fill_holes(piece) & ~piece
-            other[i] |= inner[np.unique(within[holes & (within > 0)]) - 1].any()
+            filled = ndimage.binary_fill_holes(piece)
+            encloses = inner[np.unique(within[filled & ~piece & (within > 0)]) - 1].any()
+            # Narrower than a circle, and with round corners: a zero with its stroke inside.
+            frames[i] = encloses and (sizes[i, 0] < 1.3 * sizes[i, 1] or filled.mean() > 0.9)
+    holes &= longest[~(edges | holes | frames)].max(initial=0) >= 0.7 * longest  # else a blot, with specks
+    other = edges | holes | frames
     return other & ~other.all()
 
 
@@ -386,10 +398,11 @@ def cut_out(ink: Ink, labels: np.ndarray, kept: np.ndarray, steps: tuple[str, ..
     return Found(scaled.astype(np.float32), (rows, columns), steps)
 
 
-def label_ink(ink: Ink) -> tuple[np.ndarray, int]:
-    """Number the pieces of ink from 1, and say how many: above half of Otsu's threshold, and reaching it somewhere.
+def label_ink(ink: Ink) -> tuple[np.ndarray, np.ndarray]:
+    """Number the pieces of ink (H, W) from 1, and say which of them are bold, (N,).
 
-    Or of a fainter pen beside a bolder one: well above the noise, with a tenth of the largest piece's ink or more.
+    A piece is above half of Otsu's threshold. A bold one reaches it somewhere; the others, of a fainter pen perhaps,
+    are well above the noise and have a tenth of the largest piece's ink or more.
     """
     values = ink.values[ink.values > ink.floor]
     edges = np.linspace(0, values.max(), 65)
@@ -399,14 +412,14 @@ def label_ink(ink: Ink) -> tuple[np.ndarray, int]:
     threshold = edges[1 + np.argmax(between)]
     weak = ink.values > max(ink.floor, 0.5 * threshold)
     labels, num = ndimage.label(weak, np.ones((3, 3)))
-    clear, strong = (
+    is_clear, is_bold = (
         np.bincount(labels[ink.values >= least], minlength=num + 1) > 0 for least in (3 * ink.floor, threshold)
     )
     amounts = np.bincount(labels.ravel(), ink.values.ravel(), num + 1)
-    strong |= clear & (amounts > 0.1 * amounts[1:].max(initial=0))
-    strong[0] = False
-    numbers = np.where(strong, np.cumsum(strong), 0)
-    return numbers[labels], int(numbers.max())
+    is_piece = is_bold | (is_clear & (amounts > 0.1 * amounts[1:].max(initial=0)))
+    is_piece[0] = False
+    numbers = np.where(is_piece, np.cumsum(is_piece), 0)
+    return numbers[labels], is_bold[is_piece]
 
 
 def without_lines(ink: Ink) -> Ink:
@@ -419,19 +432,17 @@ def without_lines(ink: Ink) -> Ink:
         band, _, num = find_lines(inked.T if turned else inked)
         if num >= 4:
             others &= ~(band.T if turned else band)
-    if not ways or not others.any():
-        return ink
-    reaches_edge = others[[0, -1]].any() or others[:, [0, -1]].any()
-    blackness = np.percentile(values[others], 75)
     for turned in ways:
         image = values.T if turned else values
         mask = image > ink.floor
         band, bridge, num = find_lines(mask)
         rest = mask & ~band
-        if not num or not rest.any():
+        digit = (others.T if turned else others) & ~band
+        if not num or not digit.any():
             continue
         tone = np.percentile(image[band & mask], 75)
-        if reaches_edge and tone > 0.7 * blackness:
+        reaches_edge = digit[[0, -1]].any() or digit[:, [0, -1]].any()
+        if reaches_edge and tone > 0.7 * np.percentile(image[digit], 75):
             continue  # as black as the rest, which reaches the edge as well: a digit cut out tightly
         crossing = ndimage.minimum_filter1d(ndimage.maximum_filter1d(rest.view(np.uint8), bridge, 0), bridge, 0) > 0
         line = band & ~crossing & (image < 1.5 * tone)  # a stroke along it is blacker
@@ -535,16 +546,19 @@ def split_digits(picture: Image.Image, invert: Invert = "auto") -> list[Digit28]
     ink = find_ink(to_side(flat, SHEET_SIDE)[0], invert)
     if ink is None:
         return []
-    (labels, num), steps = label_ink(ink), (*picture.info.get("steps", ()), *sheet_steps, *ink.steps)
-    if not num:
+    (labels, bold), steps = label_ink(ink), (*picture.info.get("steps", ()), *sheet_steps, *ink.steps)
+    if not len(bold):
         return []
     amounts, boxes = measure_pieces(ink, labels)
     at_edge = (boxes[:, :2] == 0).any(1) | (boxes[:, 2:] == labels.shape).any(1)
-    left_out = at_edge | find_other_things(labels, boxes, amounts)
+    other = find_other_things(labels, boxes, amounts)
+    if other.any():
+        steps = (*steps, f"{count(int(other.sum()), 'other thing')} dropped")
+    left_out = at_edge | other
     whole = (amounts > 0.02 * amounts[~left_out].max(initial=0)) & ~left_out
     if not whole.any():
         whole = amounts > 0.02 * amounts.max()
-    num_large = int((at_edge & ~whole & (amounts > LARGE * amounts[whole].max())).sum())
+    num_large = int((at_edge & ~other & ~whole & (amounts > LARGE * amounts[whole].max())).sum())
     if num_large:
         steps = (*steps, f"{count(num_large, 'large piece')} at the edge left out")
     found = []

@@ -44,26 +44,29 @@ def find_pictures(files: Iterable[str]) -> Iterator[Source]:
             yield Source(name, sys.stdin.buffer.read()) if not has_read else Source(name, None, "was read already")
             has_read = True
         elif path.is_dir():
-            yield from find_in_folder(path)
+            inside = find_in_folder(path)
+            yield from (Source(str(file), file) for file in inside)
+            if not inside:
+                yield Source(name, None, f"a folder without pictures ({', '.join(sorted(SUFFIXES))})")
         elif has_magic(name) and not path.exists():
             anchor = Path(path.anchor)
-            found = sorted(anchor.glob(str(path.relative_to(anchor))))
-            for one in found:
-                yield from find_in_folder(one) if one.is_dir() else [Source(str(one), one)]
+            matched = sorted(anchor.glob(str(path.relative_to(anchor))))
+            typed = {*path.parts}
+            shown = [one for one in matched if not any(part.startswith(".") for part in {*one.parts} - typed)]
+            found = {one for one in shown if one.is_file()}
+            found |= {file for one in shown if one.is_dir() for file in find_in_folder(one)}
+            yield from (Source(str(file), file) for file in sorted(found))
             if not found:
                 yield Source(name, None, "no file is named like this")
         else:
             yield Source(name, path)
 
 
-def find_in_folder(folder: Path) -> Iterator[Source]:
+def find_in_folder(folder: Path) -> list[Path]:
     """What has the ending of a picture in a folder and the folders in it, sorted; links to folders are not followed."""
     # Hidden are unfinished files, and what macOS writes beside each picture on other systems' disks.
     shown = (file for file in folder.rglob("*") if not file.name.startswith("."))
-    inside = sorted(file for file in shown if file.suffix.lower() in SUFFIXES and file.is_file())
-    yield from (Source(str(file), file) for file in inside)
-    if not inside:
-        yield Source(str(folder), None, f"a folder without pictures ({', '.join(sorted(SUFFIXES))})")
+    return sorted(file for file in shown if file.suffix.lower() in SUFFIXES and file.is_file())
 
 
 def prepare(source: Source, invert: Invert, split: bool) -> list[Digit28] | str:

@@ -11,6 +11,7 @@ from scipy import ndimage
 MIN_SIDE = 96  # of a picture that is looked at: a smaller one is a digit cut out
 SIDE = 160  # of the picture in which a sheet is looked for
 STEP = 60  # grey levels between a sheet and what is around it, at least
+THICKEST = 0.15  # of a sheet's shorter side: no writing on it is as thick; the hole of a thick 0 is
 EVENNESS = 16  # grey levels that a bar varies by, at most
 
 
@@ -62,11 +63,11 @@ def find_between_bars(grey: np.ndarray) -> tuple[int, int, int, int] | None:
             low, high = lows[order], highs[order]
             is_bar = (high - low <= EVENNESS) & (np.abs(low - low[0]) <= EVENNESS)
             end = length if is_bar.all() else int(np.argmin(is_bar)) + 1  # the row that has some of both is cut, too
-            first = image[order][min(end, length - 1)]
-            is_other = np.abs(first - np.median(image[order][0])) > STEP
+            behind = image[order][end : end + math.ceil(0.05 * length)]  # more than a ruled line
+            is_other = np.abs(behind - np.median(image[order][0])) > STEP
             ends.append(end if 0.04 * length <= end < length and is_other.mean() > 0.95 else 0)
-        if all(ends) and sum(ends) < 0.7 * length:
-            start, stop = ends[0], length - ends[1]
+        start, stop = ends[0], length - ends[1]
+        if all(ends) and sum(ends) < 0.7 * length and np.ptp(image[start:stop]) > STEP:  # there is ink
             return (start, 0, stop, height) if is_turned else (0, start, width, stop)
     return None
 
@@ -83,8 +84,11 @@ def find_sheet(grey: np.ndarray) -> np.ndarray | None:
             continue
         largest = labels == 1 + np.argmax(np.bincount(labels.ravel())[1:])
         sheet = ndimage.binary_fill_holes(largest)
-        written = 1 - largest.sum() / sheet.sum()
-        if sheet.mean() >= 0.12 and 0.002 <= written <= 0.3 and is_rectangle(sheet):
+        writing = sheet & ~largest
+        if sheet.mean() < 0.12 or not 0.002 <= writing.sum() / sheet.sum() <= 0.3 or not is_rectangle(sheet):
+            continue
+        shorter = min(np.ptp(np.flatnonzero(sheet.any(axis))) + 1 for axis in (0, 1))
+        if 2 * ndimage.distance_transform_edt(writing).max() <= THICKEST * shorter:
             return sheet
     return None
 
@@ -96,9 +100,8 @@ def is_rectangle(region: np.ndarray) -> bool:
     points = np.argwhere(region)
     corners = points[ConvexHull(points).vertices]
     along = np.roll(corners, -1, axis=0) - corners
-    along = along / np.linalg.norm(
-        along, axis=1, keepdims=True
-    )  # (K, 2): one of the rectangle's sides lies along the hull's
+    # One of the rectangle's sides lies along one of the hull's.
+    along = along / np.linalg.norm(along, axis=1, keepdims=True)  # (K, 2)
     across = along[:, ::-1] * [1, -1]
     areas = (np.ptp(corners @ along.T, axis=0) + 1) * (np.ptp(corners @ across.T, axis=0) + 1)
     return bool(len(points) >= 0.85 * areas.min())

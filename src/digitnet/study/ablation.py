@@ -186,21 +186,18 @@ def _find_inputs(settings: Any) -> list[Path]:
     def look_up(*keys: str) -> Any:
         found = settings
         for key in keys:
-            given = found if isinstance(found, dict) else {}
-            given = {**given, **(given.get("dict_kwargs") or {}), **(given.get("init_args") or {})}  # as a config may
-            found = given.get(key)
+            if not isinstance(found, dict):
+                return None
+            places = (found.get("init_args"), found.get("dict_kwargs"), found)  # as a config may have it
+            found = next((place[key] for place in places if isinstance(place, dict) and key in place), None)
         return found
 
-    files = []
-    for keys in (("model", "teacher", "checkpoint"), ("data", "source")):
-        path = Path(name) if isinstance(name := look_up(*keys), str) else None
-        if keys[0] == "data" and name in NAMES:
-            continue
-        if path and path.is_dir():
-            files += sorted(file for file in path.iterdir() if file.is_file())
-        elif path and path.is_file():
-            files.append(path)
-    return files
+    teacher, source = look_up("model", "teacher", "checkpoint"), look_up("data", "source")
+    paths = [Path(teacher)] if isinstance(teacher, str) else []
+    if isinstance(source, str) and source and source not in NAMES:
+        path = Path(source).expanduser()
+        paths += sorted(path.glob("*-ubyte*")) if path.is_dir() else [path]
+    return [path for path in paths if path.is_file()]
 
 
 def verify_unchanged(row: Row) -> None:

@@ -84,7 +84,7 @@ def benchmark(
     steps = turns.steps  # of a small data set, fewer
     result = {
         "command": f"python -m digitnet benchmark --config {config.as_posix()} --steps {steps} --rounds {rounds}"
-        + (" --keras_python PYTHON" if keras_python else ""),
+        + (" --keras_python PYTHON" if keras_python and turns.keras_python else ""),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "hardware": describe_hardware(),
         "threads": torch.get_num_threads(),

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from digitnet.checkpoints import choose_resumable, find_run, load_net, verify_checkpoint
 from digitnet.cli import main
-from digitnet.data import MNISTDataModule
+from digitnet.data import MNISTDataModule, fetch_digits
 from digitnet.files import make_writable
 from digitnet.guards import discard_run
 from digitnet.machine import describe_hardware, list_versions
@@ -126,10 +126,10 @@ def protocol(
         if not (run / "result.json").is_file():
             verify_unchanged(row)
             print(f"[{seed - FIRST_SEED + 1}/{seeds}] {config.stem}{suffix}, seed {seed}", flush=True)
-            try:
-                module.setup("test")
-            except ValueError as error:
-                raise ValueError(f"the protocol takes {sum(SPLIT):,} images in MNIST's order: {error}") from error
+            num_images = len(fetch_digits(module.source, module.data_dir).labels)
+            if num_images != sum(SPLIT):
+                told = f"{module.source} has {num_images:,} images"
+                raise ValueError(f"{told}; the protocol takes {sum(SPLIT):,}, in the order of MNIST's")
             make_writable(recipe, "--output")
             try:
                 train([*flags, f"--data.split={list(split)}"], seed, run, num_epochs)
@@ -149,7 +149,8 @@ def write_table(recipe: Path, config: Path, holdout: int) -> str:
     Raises:
         ValueError: there is none, or a result is damaged.
     """
-    results = [load_result(path, holdout) for path in sorted(recipe.glob("seed_*/result.json"))]
+    results = [load_result(path, holdout) for path in recipe.glob("seed_*/result.json")]
+    results.sort(key=lambda result: result["seed"])
     if not results:
         raise ValueError(f"no seed of {config} is done yet, and none is in this part of them")
     table = render_table(config, results, holdout)
@@ -269,7 +270,8 @@ def load_result(path: Path, holdout: int = 0) -> Result:
                     raise TypeError(key)
         result["versions"]["torch"]
         for column in HOLDOUT if holdout else FINAL:
-            column.measure(result)
+            if not isinstance(column.measure(result), int | float):
+                raise TypeError(column.title)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged; remove it, and the seed is scored again") from error
     return result
