@@ -110,7 +110,7 @@ def main(args: list[str] | None = None) -> int:
 def is_unread() -> bool:
     """Whether nobody reads what is printed, as after ``| head``; Python then does not complain of it at its end."""
     try:
-        print(end="", flush=True)
+        print(flush=True)  # writes something: what had not been written is forgotten by now
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True

@@ -248,8 +248,9 @@ def test_data_that_are_not_as_many_as_mnist_are_refused(
 
 
 def test_a_place_that_cannot_be_written_is_told(
-    digitnet: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    digitnet: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(module, "SPLIT", (1597, 100, 100))
     (tmp_path / "mine.yaml").write_text(CONFIG)
     (tmp_path / "file").write_text("mine")
     assert digitnet("protocol", "mine.yaml", "--output", "file") == 1

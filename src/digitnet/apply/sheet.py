@@ -11,7 +11,7 @@ from scipy import ndimage
 MIN_SIDE = 96  # of a picture that is looked at: a smaller one is a digit cut out
 SIDE = 160  # of the picture in which a sheet is looked for
 STEP = 60  # grey levels between a sheet and what is around it, at least
-THICKEST = 0.15  # of a sheet's shorter side: no writing on it is as thick; the hole of a thick 0 is
+THICKEST = 0.18  # of a sheet's shorter side: no writing on it is as thick; the hole of a thick 0 is
 EVENNESS = 16  # grey levels that a bar varies by, at most
 
 
