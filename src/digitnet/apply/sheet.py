@@ -11,7 +11,7 @@ from scipy import ndimage
 MIN_SIDE = 96  # of a picture that is looked at: a smaller one is a digit cut out
 SIDE = 160  # of the picture in which a sheet is looked for
 STEP = 60  # grey levels between a sheet and what is around it, at least
-THICKEST = 0.18  # of a sheet's shorter side: no writing on it is as thick; the hole of a thick 0 is
+THICKEST = 0.15  # of a sheet's shorter side: no writing on it is as thick; the hole of a thick 0 is
 EVENNESS = 16  # grey levels that a bar varies by, at most
 
 
@@ -84,7 +84,7 @@ def find_sheet(grey: np.ndarray) -> np.ndarray | None:
             continue
         largest = labels == 1 + np.argmax(np.bincount(labels.ravel())[1:])
         sheet = ndimage.binary_fill_holes(largest)
-        writing = sheet & ~largest
+        writing = sheet & ~of_other_tone  # without the paper in a loop
         if sheet.mean() < 0.12 or not 0.002 <= writing.sum() / sheet.sum() <= 0.3 or not is_rectangle(sheet):
             continue
         shorter = min(np.ptp(np.flatnonzero(sheet.any(axis))) + 1 for axis in (0, 1))
