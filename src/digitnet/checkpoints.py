@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import zipfile
 from pathlib import Path
@@ -99,10 +100,10 @@ def read_data_settings(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def count_trained_on(settings: dict[str, Any], source: str, start: int) -> int:
-    """How many images of a source, from the one at ``start`` on, a checkpoint of these data settings was trained on."""
+def count_trained_on(settings: dict[str, Any], source: str, start: int, num_images: float = math.inf) -> int:
+    """How many of a source's images, from the one at ``start`` on, a checkpoint of these data was trained on."""
     known = settings.get("source") == source and "split" in settings
-    return max(0, settings["split"][0] - start) if known else 0
+    return int(min(num_images, max(0, settings["split"][0] - start))) if known else 0
 
 
 def read_temperature(checkpoint: dict[str, Any]) -> float | None:

@@ -380,7 +380,7 @@ class DigitCLI(LightningCLI):
 
     def _tell_of_known_images(self, start: int, num_images: int) -> None:
         """Say so where some of the images that are scored were trained on."""
-        known = min(num_images, count_trained_on(self.trained_on, self.datamodule.source, start))
+        known = count_trained_on(self.trained_on, self.datamodule.source, start, num_images)
         if known:
             rank_zero_info(f"the checkpoint was trained on {known:,} of these {num_images:,} images: it knows them")
 

@@ -103,7 +103,7 @@ class WriteScores(CollectScores):
             "checkpoint": str(self.checkpoint),
             "epoch": stored.get("epoch") if stored.get("global_step") else None,  # null: no training's own checkpoint
             "num_images": num_images,
-            "num_trained_on": min(num_images, count_trained_on(read_data_settings(stored), data.source, start)),
+            "num_trained_on": count_trained_on(read_data_settings(stored), data.source, start, num_images),
             "num_errors": num_errors,
             "accuracy": 1 - num_errors / num_images,
             "loss": float(trainer.callback_metrics[f"{subset}/loss"]),

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from digitnet.apply.imaging import Digit28, Invert, normalize, open_picture, split_digits
+from digitnet.apply.imaging import Digit28, normalize, open_picture, split_digits
+from digitnet.apply.ink import Invert
 from digitnet.data import Digits
 
 

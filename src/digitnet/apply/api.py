@@ -32,7 +32,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import digitnet
 from digitnet.apply.batching import Batcher, Budget, BusyError
-from digitnet.apply.imaging import Digit28, Invert, normalize, open_picture
+from digitnet.apply.imaging import Digit28, normalize, open_picture
+from digitnet.apply.ink import Invert
 from digitnet.apply.predictor import Predictor, Reading
 from digitnet.cores import count_cores
 from digitnet.errors import to_one_line

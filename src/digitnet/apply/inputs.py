@@ -16,7 +16,8 @@ from pathlib import Path
 from threading import Thread
 from typing import NamedTuple
 
-from digitnet.apply.imaging import Digit28, Invert, normalize, open_picture, split_digits
+from digitnet.apply.imaging import Digit28, normalize, open_picture, split_digits
+from digitnet.apply.ink import Invert
 from digitnet.cores import count_cores
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif"}

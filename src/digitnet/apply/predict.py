@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from digitnet.apply.imaging import Invert
+from digitnet.apply.ink import Invert
 from digitnet.apply.inputs import find_pictures, prepare_all
 
 DONE, FAILED, NO_DIGIT = 0, 1, 3  # exit codes; 2 is wrong usage

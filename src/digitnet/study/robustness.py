@@ -57,8 +57,7 @@ def robustness(
     module = load_data_module(read_config(config)) if config else MNISTDataModule(**read_data_settings(stored))
     module.setup("test")
     dataset = module.datasets[2]
-    known = count_trained_on(read_data_settings(stored), module.source, sum(module.split[:2]))
-    known = min(known, len(dataset))
+    known = count_trained_on(read_data_settings(stored), module.source, sum(module.split[:2]), len(dataset))
     images, labels = dataset.images[:, 0].numpy(), dataset.labels
     corrupt(images[:1], "canny_edges", seed)  # says at once what is missing
     make_writable(folder, "--folder")
@@ -109,12 +108,12 @@ def find_published(record: dict[str, Any]) -> dict[str, float]:
 
 def render_table(record: dict[str, Any]) -> str:
     """The Markdown page of what ``robustness`` measured."""
-    published_of = find_published(record)
+    published_figures = find_published(record)
     rows: list[tuple[str, str, float, float | None]] = [("clean", "", record["accuracy"]["clean"], None)]
     for name, corruption in CORRUPTIONS.items():
         severity = f"{corruption.severity} of 5: " if corruption.severity else ""
-        rows.append((name, severity + corruption.description, record["accuracy"][name], published_of.get(name)))
-    rows.append(("mean of 15", "", record["mean_of_15"], published_of.get("mean")))
+        rows.append((name, severity + corruption.description, record["accuracy"][name], published_figures.get(name)))
+    rows.append(("mean of 15", "", record["mean_of_15"], published_figures.get("mean")))
     lines = ["| corruption | severity | accuracy | plain CNN, published |", "|---|---|---:|---:|"]
     for name, severity, accuracy, published in rows:
         lines.append(
