@@ -61,8 +61,8 @@ def main() -> int:
     for size in SIZES:
         with tempfile.TemporaryDirectory(prefix="digitnet-exact-") as name:
             save_checkpoint(verify_checkpoint(args.checkpoint), Path(name, "model.ckpt"))
-            few = {"images": digits.images[-size - 2 :], "labels": digits.labels[-size - 2 :]}  # two go to train on
-            np.savez(Path(name, "digits.npz"), **few)
+            few = slice(-size - 2, None)  # two go to train on
+            np.savez(Path(name, "digits.npz"), images=digits.images[few], labels=digits.labels[few])
             results = [score(Path(name), size, processes) for processes in PROCESSES]
         for processes, result in zip(PROCESSES, results, strict=True):
             is_exact &= result == results[0] and result["indices"] == list(range(2, size + 2))

@@ -40,7 +40,7 @@ def to_canvas(draw: Callable[[ImageDraw.ImageDraw], None]) -> np.ndarray:
 def draw_letter(rng: np.random.Generator) -> np.ndarray:
     """One letter of a printed font, 36 to 72 pixels high."""
     fonts = [font for font in FONTS if "Display" not in font.name]
-    font = ImageFont.truetype(str(rng.choice(fonts)), int(rng.uniform(200, 400)))
+    font = ImageFont.truetype(str(rng.choice(list(map(str, fonts)))), int(rng.uniform(200, 400)))
     letter = str(rng.choice(list(LETTERS)))
     return to_canvas(lambda pen: pen.text((2 * SIDE, 2 * SIDE), letter, 255, font, anchor="mm"))
 
@@ -110,6 +110,7 @@ def draw_noise(rng: np.random.Generator) -> np.ndarray:
     """28x28: uniform, Gaussian, sparse or dense specks, smooth clouds, blots, or stripes of random brightness."""
     kind = rng.integers(6)
     uniform = rng.random((28, 28))
+    image: np.ndarray
     if kind == 0:
         image = uniform * rng.uniform(0.3, 1)
     elif kind == 1:
@@ -133,7 +134,7 @@ def draw_blank(rng: np.random.Generator) -> np.ndarray:
     if kind == 1:
         image += rng.uniform(0, 255)
     elif kind == 2:
-        image = image + np.linspace(*rng.uniform(0, 255, 2), 28)
+        image = image + np.linspace(rng.uniform(0, 255), rng.uniform(0, 255), 28)
         image = image if rng.random() < 0.5 else image.T
     elif kind == 3:
         image = rng.normal(0, rng.uniform(1, 12), (28, 28))

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw, ImageFilter
 
 from digitnet.apply import imaging
@@ -77,7 +78,7 @@ def placed(ink: np.ndarray, height: int, width: int, rng: Rng) -> np.ndarray:
     return sheet
 
 
-def inked(ink: np.ndarray, colour: object = 20, paper: object = 235) -> np.ndarray:
+def inked(ink: np.ndarray, colour: ArrayLike = 20, paper: ArrayLike = 235) -> np.ndarray:
     """Ink of a colour on paper of a colour: (H, W, 3) float32 in [0, 255]."""
     ink = ink[..., None]
     return np.broadcast_to(paper, (3,)) * (1 - ink) + np.broadcast_to(colour, (3,)) * ink

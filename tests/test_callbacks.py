@@ -30,10 +30,10 @@ class Snapshots(Callback):
         self.validated = torch.empty(0)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        self.steps.append(pl_module.net.fc3.weight.detach().clone())
+        self.steps.append(pl_module.get_parameter("net.fc3.weight").detach().clone())
 
     def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        self.validated = pl_module.net.fc3.weight.detach().clone()
+        self.validated = pl_module.get_parameter("net.fc3.weight").detach().clone()
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ class Snapshots(Callback):
     [("32-true", {}), ("bf16-true", {"atol": 0, "rtol": 2**-7})],
     ids=["float32", "bfloat16"],
 )
-def test_average_of_the_weights_by_hand(precision: Any, tolerance: dict[str, float]) -> None:
+def test_average_of_the_weights_by_hand(precision: Any, tolerance: dict[str, Any]) -> None:
     snapshots, model = Snapshots(), DigitClassifier()
     trainer = L.Trainer(
         max_epochs=1, limit_train_batches=6, limit_val_batches=1, num_sanity_val_steps=0, accelerator="cpu",
@@ -51,10 +51,10 @@ def test_average_of_the_weights_by_hand(precision: Any, tolerance: dict[str, flo
     )  # fmt: skip
     trainer.fit(model, MNISTDataModule(source="digits", split=(1437, 180, 180)))
     counts = [0.75**age for age in range(6)][::-1]
-    average = sum(count * weights.double() for count, weights in zip(counts, snapshots.steps, strict=True)) / sum(
-        counts
-    )
-    for found in (snapshots.validated, model.net.fc3.weight.detach()):
+    average = torch.zeros((), dtype=torch.float64)
+    for count, weights in zip(counts, snapshots.steps, strict=True):
+        average = average + count / sum(counts) * weights.double()
+    for found in (snapshots.validated, model.get_parameter("net.fc3.weight").detach()):
         torch.testing.assert_close(found, average.to(found.dtype), **tolerance)
 
 
@@ -88,7 +88,7 @@ def test_gradients_are_clipped_in_bfloat16_by_fused_optimizers_too(digitnet: Run
     one_step = (
         *SHORT, "--trainer.max_epochs", 1, "--data.batch_size", 1437, "--trainer.precision", "bf16-mixed", *sgd
     )  # fmt: skip
-    clips = ([], ["--trainer.gradient_clip_val", 0.01], ["--trainer.gradient_clip_val", 0.02])
+    clips: tuple[list[object], ...] = ([], ["--trainer.gradient_clip_val", 0.01], ["--trainer.gradient_clip_val", 0.02])
     by_value = ["--trainer.gradient_clip_val", 0.001, "--trainer.gradient_clip_algorithm", "value"]
     for clip in (*clips, by_value):
         assert digitnet("fit", "--config", QUICKSTART, *one_step, *clip) == 0

@@ -10,7 +10,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.utilities.model_summary import ModelSummary
+from lightning.pytorch.utilities.model_summary.model_summary import ModelSummary
 from torch.utils.data import DataLoader, TensorDataset
 
 from digitnet.checkpoints import verify_checkpoint
@@ -41,7 +41,7 @@ def test_channels_last_changes_the_layout_not_the_result() -> None:
         loader = DataLoader(TensorDataset(images, labels), batch_size=8)
         trainer = L.Trainer(accelerator="cpu", **QUIET)  # type: ignore[arg-type]
         results[channels_last] = trainer.validate(model, loader, verbose=False)[0]["val/loss"]
-        assert model.net.conv2.weight.is_contiguous(memory_format=torch.channels_last) == channels_last
+        assert model.get_parameter("net.conv2.weight").is_contiguous(memory_format=torch.channels_last) == channels_last
     assert results[True] == pytest.approx(results[False], rel=1e-5)
 
 

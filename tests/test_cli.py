@@ -48,7 +48,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))  # those of the ablations ha
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    return torch.load(checkpoint, weights_only=True)["state_dict"]  # type: ignore[no-any-return]
+    return torch.load(checkpoint, weights_only=True)["state_dict"]
 
 
 def scalars(run: Path, tag: str) -> list[tuple[int, float]]:
@@ -328,8 +328,7 @@ def test_killed_and_resumed_is_as_if_never_killed(
 ) -> None:
     save_dir = tmp_path / "logs"  # not the default: the checkpoints' own record of their folder must hold
     flags = ("fit", "--config", QUICKSTART, *SHORT, "--trainer.max_epochs", 4, "--trainer.logger.save_dir", save_dir)
-    flags = (*flags, *more)
-    assert digitnet(*flags) == 0
+    assert digitnet(*flags, *more) == 0
     step = DigitClassifier.training_step
 
     class PowerCut(BaseException):
@@ -343,7 +342,7 @@ def test_killed_and_resumed_is_as_if_never_killed(
     with monkeypatch.context() as patch:
         patch.setattr(DigitClassifier, "training_step", dying_step)
         with pytest.raises(PowerCut):
-            digitnet(*flags)
+            digitnet(*flags, *more)
     whole, resumed = (save_dir / "quickstart" / f"version_{n}" for n in (0, 1))
     assert digitnet("fit", "--ckpt_path", resumed / "checkpoints" / "last.ckpt") == 0  # with the settings of that run
     assert not (resumed.parent / "version_2").exists()

@@ -37,7 +37,7 @@ RUN = Path("lightning_logs") / "quickstart" / "version_0"
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    return torch.load(checkpoint, weights_only=True)["state_dict"]  # type: ignore[no-any-return]
+    return torch.load(checkpoint, weights_only=True)["state_dict"]
 
 
 def same_weights(one: Path, two: Path) -> bool:
@@ -244,7 +244,8 @@ def test_damaged_checkpoint_without_another_is_refused(
     assert "the checksum of" in line
     anew = f"; start anew: python -m digitnet fit --config {RUN}/config.yaml"
     assert f"there is no previous.ckpt beside it{anew}" in line
-    previous = shutil.copy(RUN / "checkpoints" / "last.ckpt", RUN / "checkpoints" / "previous.ckpt")
+    previous = RUN / "checkpoints" / "previous.ckpt"
+    shutil.copy(RUN / "checkpoints" / "last.ckpt", previous)
     assert digitnet("fit", "--ckpt_path", "last") == 1
     [line] = error_lines(capsys)
     assert line.count("the checksum of") == 2

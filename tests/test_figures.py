@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from torchmetrics.classification import BinaryCalibrationError
 
 from digitnet import figures, tallies
+from digitnet.canvas import VERMILION
 from digitnet.figures import History
 
 NUM_IMAGES = 400
@@ -46,6 +51,15 @@ def texts(figure: Figure) -> list[str]:
 
 def title(figure: Figure) -> str:
     return figure.get_suptitle()
+
+
+def to_array(drawn: Any) -> np.ndarray:
+    """What an artist of matplotlib was given, whose types would allow much more."""
+    return np.asarray(drawn)
+
+
+def heights(axes: Axes) -> list[float]:
+    return [bar.get_height() for bar in axes.patches if isinstance(bar, Rectangle)]
 
 
 # --- what is counted --------------------------------------------------------------------------------------------------
@@ -86,7 +100,7 @@ def test_confusion_matrix_writes_every_count_and_colours_only_mistakes() -> None
     (axes,) = figure.axes
     written = {(round(t.get_position()[1]), round(t.get_position()[0])): t.get_text() for t in axes.texts}
     assert written == {(0, 0): "1", (0, 1): "1", (1, 1): "1", (2, 2): "1", (7, 2): "2", (7, 7): "1"}
-    coloured = axes.images[0].get_array()
+    coloured: np.ma.MaskedArray = np.ma.asarray(axes.images[0].get_array())
     assert {tuple(cell) for cell in np.argwhere(~np.ma.getmaskarray(coloured)).tolist()} == {(0, 1), (7, 2)}
     assert title(figure) == "Confusion matrix: 3 mistakes in 7"
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "actual")
@@ -128,17 +142,17 @@ def test_least_sure_starts_with_the_lowest_confidence() -> None:
     figure = figures.draw_least_sure(IMAGES[:3], labels, predictions, np.array([0.9, 0.4, 0.6]), limit=2)
     assert texts(figure) == ["2 / 7\n40.0 %", "3 / 3\n60.0 %"]
     colours = [text.get_color() for text in figure.axes[0].texts]
-    assert colours[0] == figures.VERMILION != colours[1]
+    assert colours[0] == VERMILION != colours[1]
 
 
 def test_history_marks_the_best_epoch_and_makes_99_percent_readable() -> None:
     history = make_history(20)
     figure = figures.draw_history(history, best=10)
     loss, acc = figure.axes
-    np.testing.assert_allclose(loss.lines[1].get_ydata(), history.train_loss)
-    np.testing.assert_allclose(acc.lines[2].get_ydata(), history.val_acc)
+    np.testing.assert_allclose(to_array(loss.lines[1].get_ydata()), history.train_loss)
+    np.testing.assert_allclose(to_array(acc.lines[2].get_ydata()), history.val_acc)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["training", "validation", "best epoch: 11"]
-    assert [float(line.get_xdata()[0]) for line in acc.lines if line.get_marker() == "*"] == [11]
+    assert [float(to_array(line.get_xdata())[0]) for line in acc.lines if line.get_marker() == "*"] == [11]
     to_axes = acc.transData + acc.transAxes.inverted()
     low, high = (to_axes.transform((1, accuracy))[1] for accuracy in (0.99, 0.995))
     assert high - low > 0.1
@@ -165,21 +179,21 @@ def test_reliability_draws_the_filled_bins_and_names_the_error() -> None:
     figure = figures.draw_reliability(confidences, correct)
     top, bottom = figure.axes
     assert title(figure) == "Reliability: expected calibration error 5.00 %"
-    np.testing.assert_allclose(top.lines[1].get_xydata(), [[0.55, 0.5], [0.95, 1]])
-    assert [bar.get_height() for bar in bottom.patches] == [0] * 8 + [2] + [0] * 5 + [2]
+    np.testing.assert_allclose(to_array(top.lines[1].get_xydata()), np.array([[0.55, 0.5], [0.95, 1]]))
+    assert heights(bottom) == [0] * 8 + [2] + [0] * 5 + [2]
     assert "15 bins of equal width" in top.get_title(loc="left")
 
 
 def test_class_scores_and_class_balance_draw_their_numbers() -> None:
     scores = RNG.uniform(0.98, 1, (3, 10))
-    drawn = {line.get_label(): line.get_ydata() for line in figures.draw_class_scores(*scores).axes[0].lines}
+    drawn = {line.get_label(): to_array(line.get_ydata()) for line in figures.draw_class_scores(*scores).axes[0].lines}
     for name, values in zip(("precision", "recall", "F1"), scores, strict=True):
         np.testing.assert_allclose(drawn[name], values)
 
     counts = {"training": np.arange(10) * 1000, "test": np.arange(10)}
     figure = figures.draw_class_balance(counts)
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["training: 45,000 images", "test: 45 images"]
-    assert [bar.get_height() for bar in figure.axes[0].patches] == list(counts["training"])
+    assert heights(figure.axes[0]) == list(counts["training"])
     assert figure.axes[0].get_xticklabels()[3].get_text() == "3\n3,000"
 
 
@@ -190,8 +204,8 @@ def test_digits_means_and_augmentation_draw_their_images() -> None:
 
     zeros = np.zeros(2, int)  # nine digits without an image
     mean, spread = figures.draw_class_means(np.stack([IMAGES[0], IMAGES[1]]), zeros).axes[0].images
-    np.testing.assert_allclose(mean.get_array(), (IMAGES[0].astype(float) + IMAGES[1]) / 2)
-    np.testing.assert_allclose(spread.get_array(), np.abs(IMAGES[0].astype(float) - IMAGES[1]) / 2, rtol=1e-5)
+    np.testing.assert_allclose(to_array(mean.get_array()), (IMAGES[0].astype(float) + IMAGES[1]) / 2)
+    np.testing.assert_allclose(to_array(spread.get_array()), np.abs(IMAGES[0].astype(float) - IMAGES[1]) / 2, rtol=1e-5)
 
     figure = figures.draw_augmentation(IMAGES[:2], IMAGES[2:8].reshape(2, 3, 28, 28), "Title")
     drawn = [image.get_array() for image in figure.axes[0].images]
@@ -211,12 +225,12 @@ def test_verdicts_keep_each_image_with_its_caption_and_verdict() -> None:
 def test_tradeoff_draws_each_point_and_record() -> None:
     figure = figures.draw_tradeoff(TRADEOFF, {"a record": 26}, "Title", "mistakes in 10,000")
     axes = figure.axes[0]
-    ours, theirs = axes.containers
+    ours, theirs = (each for each in axes.containers if isinstance(each, ErrorbarContainer))
     assert ours.get_label() == "ours"
-    np.testing.assert_allclose(ours.lines[0].get_xydata(), [point[:2] for point in TRADEOFF["ours"]])
+    np.testing.assert_allclose(to_array(ours.lines[0].get_xydata()), np.array(TRADEOFF["ours"])[:, :2])
     bars = [segment[:, 1].tolist() for segment in ours.lines[2][0].get_segments() if len(segment)]
     assert bars == [[37, 43], [23, 27]]  # a point of a single run has none
-    np.testing.assert_allclose(theirs.lines[0].get_xydata(), [[300, 90]])
+    np.testing.assert_allclose(to_array(theirs.lines[0].get_xydata()), [[300, 90]])
     assert "a record" in texts(figure)
     assert axes.get_ylabel() == "mistakes in 10,000"
 
@@ -259,11 +273,12 @@ EVERY_FIGURE: dict[str, Callable[[], Figure]] = {
 def test_no_text_overlaps_another_or_leaves_the_figure(draw: Callable[[], Figure]) -> None:
     figure = draw()
     canvas = FigureCanvasAgg(figure)
-    canvas.draw()
+    canvas.draw()  # type: ignore[no-untyped-call]
+    renderer = canvas.get_renderer()  # type: ignore[no-untyped-call]
     boxes = []
     for text in figure.findobj(Text):
         if text.get_visible() and text.get_text().strip() and not is_tick_off_the_axis(figure, text):
-            boxes.append((text.get_text(), text.get_window_extent(canvas.get_renderer()).padded(-1)))
+            boxes.append((text.get_text(), text.get_window_extent(renderer).padded(-1)))
     assert boxes
     for name, box in boxes:
         assert box.x0 >= 0, name
@@ -291,7 +306,8 @@ def is_tick_off_the_axis(figure: Figure, text: Text) -> bool:
 
 def test_rendering_repeats_byte_for_byte_and_leaves_matplotlib_as_it_was() -> None:
     before = dict(matplotlib.rcParams)
-    for form, start in (("png", b"\x89PNG"), ("svg", b"<?xml")):
+    forms: tuple[tuple[Literal["png", "svg"], bytes], ...] = (("png", b"\x89PNG"), ("svg", b"<?xml"))
+    for form, start in forms:
         first, second = (figures.render(figures.draw_digits(IMAGES, LABELS), form) for _ in range(2))
         assert first.startswith(start)
         assert first == second

@@ -241,7 +241,7 @@ def test_any_picture_is_read_or_refused(data: st.DataObject) -> None:
     except ValueError as error:
         assert_one_line(error)
     else:
-        assert digit is None or (digit.image.shape, digit.image.dtype) == ((28, 28), np.uint8)
+        assert digit is None or (digit.image.shape == (28, 28) and digit.image.dtype == np.uint8)
 
 
 @generated(10)

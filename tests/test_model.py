@@ -70,7 +70,8 @@ def test_weights_start_as_keras_he_normal() -> None:
 @pytest.mark.parametrize("kind", ["dropout", "conv_dropout"])
 def test_dropout_acts_in_training_only(kind: str) -> None:
     images = torch.rand(2, 1, 28, 28)
-    net = DigitNet(**{"dropout": 0.0, "conv_dropout": 0.0, kind: 0.5})
+    dropouts = {"dropout": 0.0, "conv_dropout": 0.0, kind: 0.5}
+    net = DigitNet(dropouts["dropout"], dropouts["conv_dropout"])
     assert not torch.equal(net(images), net(images))
     net.eval()
     assert torch.equal(net(images), net(images))
@@ -82,7 +83,7 @@ def test_dropout_acts_in_training_only(kind: str) -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_impossible_dropout_is_refused(architecture: str, kind: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{kind} is {value}"):
-        ARCHITECTURES[architecture](**{kind: value})
+        ARCHITECTURES[architecture](**{kind: value})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -103,7 +103,7 @@ def test_probabilities_survive_large_logits() -> None:
     logits = torch.full((2, 10), -1e4)
     logits[0, 3] = logits[1, 7] = 1e4
     pictures.logits, pictures.labels = [logits], [torch.tensor([3, 7])]
-    pictures._find_writers = lambda _: [Writer()]  # type: ignore[method-assign]
+    pictures._find_writers = lambda _: [Writer()]  # type: ignore[assignment, method-assign]
     pictures._draw_validation(trainer)
     assert drawn["val/digit_3"].tolist() == [1, 0]
     assert drawn["val/digit_7"].tolist() == [0, 1]

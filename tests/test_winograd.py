@@ -52,7 +52,7 @@ def test_values_and_gradients_are_those_of_the_plain_sum(height: int, width: int
     weight, bias = torch.randn(6, 8, 3, 3, requires_grad=True), torch.randn(6, requires_grad=True)
     rows, columns = (height // 2 * 2, width // 2 * 2) if pooled and min(height, width) > 1 else (height, width)
     inputs = (images, weight, bias)
-    expected = F.conv2d(*(each.double() for each in inputs), padding=1)[:, :, :rows, :columns]
+    expected = F.conv2d(images.double(), weight.double(), bias.double(), padding=1)[:, :, :rows, :columns]
     found = WinogradFunction.apply(*inputs, rows, columns)
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-4)
     gradient = torch.randn_like(expected)
@@ -102,7 +102,7 @@ def test_without_a_bias_the_gradients_are_the_same() -> None:
     # As of a convolution before batch normalization, which has the bias.
     torch.manual_seed(0)
     inputs = (torch.randn(3, 8, 14, 14, requires_grad=True), torch.randn(6, 8, 3, 3, requires_grad=True))
-    expected = F.conv2d(*(each.double() for each in inputs), padding=1)
+    expected = F.conv2d(inputs[0].double(), inputs[1].double(), padding=1)
     found = WinogradFunction.apply(*inputs, None, 14, 14)
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-4)
     gradient = torch.randn_like(expected)

@@ -19,7 +19,7 @@ from digitnet.data import Digits
 
 
 def page(
-    size: tuple[int, int] = (200, 200), colour: object = 255, mode: str = "L"
+    size: tuple[int, int] = (200, 200), colour: float | tuple[int, ...] | str = 255, mode: str = "L"
 ) -> tuple[Image.Image, ImageDraw.ImageDraw]:
     picture = Image.new(mode, size, colour)
     return picture, ImageDraw.Draw(picture)

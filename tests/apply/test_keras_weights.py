@@ -72,7 +72,7 @@ def quiet_trainer(**settings: int) -> Trainer:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        **settings,
+        **settings,  # type: ignore[arg-type]
     )
 
 

@@ -17,7 +17,7 @@ from drawings import STROKES, Points, render, train_on_drawings
 pytest.importorskip("fastapi", reason='the page needs the extra "serve"')
 pytest.importorskip("playwright", reason="no playwright here, which drives the browser")
 import uvicorn
-from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
+from playwright.sync_api import Browser, FilePayload, Page, Route, expect, sync_playwright
 
 from digitnet.apply.api import create_app
 from digitnet.apply.predictor import Predictor
@@ -229,7 +229,7 @@ def test_a_photo_that_is_still_opened_gives_way_to_what_comes_after(page: Page) 
     )
     draw(page, STROKES[0])
     expect(page.locator("#digit")).to_have_text("0")
-    seven = {"name": "seven.png", "mimeType": "image/png", "buffer": png(7)}
+    seven = FilePayload(name="seven.png", mimeType="image/png", buffer=png(7))
     page.set_input_files("#photo", seven)
     expect(page.locator("#verdict")).to_have_text("Reading …")
     expect(page.locator("#digit")).to_have_text("")  # the drawing's answer is not the photo's
@@ -346,7 +346,7 @@ def test_everything_is_reached_by_keyboard_and_a_screen_reader_is_not_flooded(pa
 def test_dark_and_still_for_who_asks(page: Page) -> None:
     def colour(selector: str, name: str) -> list[int]:
         script = f"element => getComputedStyle(element).{name}.match(/\\d+/g).slice(0, 3).map(Number)"
-        return page.locator(selector).evaluate(script)  # type: ignore[no-any-return]
+        return page.locator(selector).evaluate(script)
 
     assert max(colour("body", "backgroundColor")) < 60
     assert min(colour("body", "color")) > 200

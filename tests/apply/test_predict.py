@@ -214,8 +214,9 @@ def test_wrong_usage(digitnet: Run, folder: Path, make_checkpoint: Callable[...,
 
 
 def test_a_name_that_the_output_cannot_have(folder: Path, make_checkpoint: Callable[..., Path]) -> None:
-    Image.fromarray(DIGITS.images[0]).save(folder / "数.png")
-    command = [sys.executable, "-m", "digitnet", "predict", "--ckpt_path", make_checkpoint(), folder / "数.png"]
+    picture = folder / "数.png"
+    Image.fromarray(DIGITS.images[0]).save(picture)
+    command = [sys.executable, "-m", "digitnet", "predict", "--ckpt_path", str(make_checkpoint()), str(picture)]
     shown = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "latin-1"}, check=False)
     assert b"\\u6570.png" in shown.stdout
     assert (shown.returncode, shown.stderr) == (0, b"")

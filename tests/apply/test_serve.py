@@ -108,7 +108,7 @@ def test_a_picture_is_read_as_the_library_reads_it_however_it_is_sent(client: Te
             {"files": {"file": ("seven", data, "text/plain")}},
             {"files": {"any_name": data}, "data": {"and": "a field"}},
         ):
-            response = client.post("/predict", **request)  # type: ignore[arg-type]
+            response = client.post("/predict", **request)
             assert response.status_code == 200, response.text
             check_answer(response.json(), expected, digit.image)
             assert response.json()["steps"] == list(digit.steps)
@@ -205,7 +205,7 @@ def test_concurrent_answers_are_those_given_one_by_one_from_fewer_passes(predict
     with TestClient(create_app(slow)) as client, ThreadPoolExecutor(len(images)) as pool:
 
         def ask(image: np.ndarray) -> dict[str, Any]:
-            return client.post("/predict", json={"pixels": image.tolist()}).json()  # type: ignore[no-any-return]
+            return client.post("/predict", json={"pixels": image.tolist()}).json()
 
         answers = [pool.submit(ask, image) for image in images]
         wait_until(lambda: bool(slow.batches))

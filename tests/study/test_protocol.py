@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from digitnet.checkpoints import load_net
 from digitnet.data import load_bundled_digits
 from digitnet.study import protocol as module
+from digitnet.study.ablation import load_row
 from digitnet.study.protocol import judge, render_table, shift, shorten_schedule
 
 CONFIG = """\
@@ -76,7 +77,7 @@ def test_trains_each_seed_once_and_scores_its_last_epoch(
 ) -> None:
     monkeypatch.setattr(module, "SPLIT", (1597, 100, 100))
     (tmp_path / "mine.yaml").write_text(CONFIG)
-    left = tmp_path / "out" / f"mine-{module.load_row(tmp_path / 'mine.yaml').digest[:8]}" / "seed_42"
+    left = tmp_path / "out" / f"mine-{load_row(tmp_path / 'mine.yaml').digest[:8]}" / "seed_42"
     left.mkdir(parents=True)
     (left / "config.yaml").write_text("seed_everything: 1\n")  # by one that was killed in its first epoch
     with FileLock(left / ".lock"):  # or by one that is still at work
@@ -334,7 +335,7 @@ def test_the_table_has_every_seed_their_mean_and_spread() -> None:
 @pytest.mark.parametrize("text", ['{"seed": 42', json.dumps({**FINISHED, "date": 20260102})])
 def test_a_damaged_result_is_told(digitnet: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
     (tmp_path / "mine.yaml").write_text(CONFIG)
-    digest = module.load_row(tmp_path / "mine.yaml").digest[:8]
+    digest = load_row(tmp_path / "mine.yaml").digest[:8]
     run = tmp_path / "out" / f"mine-{digest}" / "seed_42"
     run.mkdir(parents=True)
     (run / "result.json").write_text(text)

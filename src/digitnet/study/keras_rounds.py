@@ -17,7 +17,7 @@ import time
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
-import keras  # type: ignore[import-untyped]
+import keras
 import numpy as np
 from keras import layers
 
