@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,9 +24,9 @@ from digitnet.model import (
     ResidualNet,
     UprightNet,
     UprightResidualNet,
-    deslant,
-    set_upright,
+    ZoomNet,
 )
+from digitnet.views import deslant, zoom_in
 
 
 def test_parameters_per_layer_are_the_write_ups() -> None:
@@ -93,53 +93,6 @@ def test_pixels_follow_the_precision_of_the_weights(dtype: torch.dtype) -> None:
     assert net(images).dtype == dtype
 
 
-def fit_slants(images: torch.Tensor) -> np.ndarray:
-    """The slope (B,) of column by row of images (B, 1, H, W), by NumPy's least squares weighted with the ink."""
-    columns, rows = np.meshgrid(np.arange(images.shape[3]), np.arange(images.shape[2]))
-    inks = images[:, 0].double().numpy()
-    return np.array([np.polyfit(rows.ravel(), columns.ravel(), 1, w=np.sqrt(ink).ravel())[0] for ink in inks])
-
-
-def test_deslanting_leaves_no_slant_and_the_centre_where_it_was() -> None:
-    images = torch.from_numpy(load_bundled_digits().images[:100])[:, None].float() / 255
-    before = fit_slants(images)
-    images = images[np.abs(before) < 0.5]  # the others are left with a part of theirs
-    upright = deslant(images)
-    assert np.abs(fit_slants(upright)).max() < 0.02 < np.abs(before).mean()
-    for axis, places in ((2, torch.arange(28.0).view(28, 1)), (3, torch.arange(28.0).view(1, 28))):
-        centres = [(each * places).sum(dim=(1, 2, 3)) / each.sum(dim=(1, 2, 3)) for each in (images, upright)]
-        torch.testing.assert_close(*centres, atol=1e-2, rtol=0, msg=f"axis {axis}")
-    torch.testing.assert_close(upright.sum(dim=3), images.sum(dim=3), atol=1e-2, rtol=0)  # each row keeps its ink
-
-
-def test_deslanting_undoes_a_slant() -> None:
-    images = torch.from_numpy(load_bundled_digits().images[:100])[:, None].float() / 255
-    none = torch.zeros(100)
-    leaning = affine(images, none, torch.zeros(100, 2), shear=none + 0.2)
-    as_straight = (deslant(leaning) - deslant(images)).abs().mean()
-    assert as_straight < 0.25 * (leaning - images).abs().mean()
-
-
-def test_deslanting_leaves_what_leans_nowhere() -> None:
-    images = torch.zeros(2, 1, 28, 28)
-    images[1, :, 4:24, 13:15] = 1  # a bar; the other image is empty
-    torch.testing.assert_close(deslant(images), images)
-    torch.testing.assert_close(deslant(images.to(torch.bfloat16)), images.to(torch.bfloat16))
-
-
-def test_deslanting_takes_and_gives_any_precision() -> None:
-    images = torch.from_numpy(load_bundled_digits().images[:10])[:, None].double() / 255
-    jitter = torch.full((10, 1), 0.1, dtype=torch.float64)
-    torch.testing.assert_close(deslant(images, jitter), deslant(images.float(), jitter.float()).double())
-
-
-def test_deslanting_is_as_precise_in_mixed_precision() -> None:
-    with torch.autocast("cpu", torch.bfloat16):
-        digits = torch.from_numpy(load_bundled_digits().images[:100])[:, None].float() / 255
-        mixed = deslant(digits)
-    assert torch.equal(mixed, deslant(digits))
-
-
 def test_upright_net_is_digitnet_on_deslanted_images() -> None:
     net = UprightNet().eval()
     images = torch.from_numpy(load_bundled_digits().images[:10])[:, None]
@@ -159,15 +112,24 @@ def test_a_residual_net_may_see_deslanted_images() -> None:
     assert (net.residual(images) - expected).abs().max() > 0.01
 
 
-def test_training_puts_back_a_random_slant() -> None:
-    images = torch.from_numpy(load_bundled_digits().images[:100])[:, None].float() / 255
-    assert torch.equal(set_upright(images, training=False), deslant(images))
-    torch.manual_seed(0)
-    spread = fit_slants(set_upright(images, training=True)) - fit_slants(deslant(images))
-    assert np.abs(spread).max() < 0.22
-    assert spread.std() == pytest.approx(0.2 / math.sqrt(3), rel=0.2)  # of a uniform distribution
-    for net in (UprightNet(dropout=0.0), UprightResidualNet()):
-        assert not torch.equal(net(images), net(images))
+def test_zoom_net_is_digitnet_on_what_is_upright_and_near() -> None:
+    net = ZoomNet().eval()
+    images = torch.from_numpy(load_bundled_digits().images[:10])[:, None]
+    assert sum(p.numel() for p in net.parameters()) == 1_413_834
+    expected = net.zoomed(zoom_in(deslant(images.float() / 255), training=False))
+    torch.testing.assert_close(net(images), expected)
+    folded = copy.deepcopy(net)
+    folded.zoomed = folded.zoomed.fold()
+    torch.testing.assert_close(folded(images), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["upright", "zoom", "upright_residual"])
+def test_views_are_drawn_in_training_only(architecture: str) -> None:
+    images = torch.from_numpy(load_bundled_digits().images[:10])[:, None]
+    net = ARCHITECTURES[architecture](dropout=0.0)
+    assert not torch.equal(net(images), net(images))
+    net.eval()
+    assert torch.equal(net(images), net(images))
 
 
 @pytest.mark.parametrize("shape", [(6, 5), (6, 5, 4, 4)])
@@ -217,13 +179,16 @@ def test_a_folded_net_is_a_plain_one_of_the_same_values() -> None:
     assert torch.equal(folded.fold()(images), folded(images))
 
 
-def test_batch_normalization_is_gone_from_what_is_used(digitnet: Run, tmp_path: Path) -> None:
-    assert digitnet("fit", "--config", QUICKSTART, "--model.architecture=upright", *SHORT) == 0
+@pytest.mark.parametrize(("architecture", "part"), [("upright", "digitnet"), ("zoom", "zoomed")])
+def test_batch_normalization_is_gone_from_what_is_used(
+    digitnet: Run, tmp_path: Path, architecture: str, part: str
+) -> None:
+    assert digitnet("fit", "--config", QUICKSTART, "--model.architecture", architecture, *SHORT) == 0
     (path,) = tmp_path.glob("lightning_logs/quickstart/version_*/checkpoints/best.ckpt")
     net, checkpoint = load_net(path)
-    assert isinstance(net, UprightNet)
-    assert "net.digitnet.norms.conv1.mean" in checkpoint["state_dict"]
-    assert net.digitnet.state_dict().keys() == DigitNet().state_dict().keys()
+    assert isinstance(net, ARCHITECTURES[architecture])
+    assert f"net.{part}.norms.conv1.mean" in checkpoint["state_dict"]
+    assert net.get_submodule(part).state_dict().keys() == DigitNet().state_dict().keys()
     assert digitnet("test", "--ckpt_path", path) == 0
     scored = json.loads((path.parents[1] / "report" / "metrics.json").read_text())
     digits = load_bundled_digits()
@@ -272,7 +237,8 @@ def test_residual_net_is_the_sources_without_its_second_convolution() -> None:
 
 
 def test_an_architecture_is_told_by_its_weights() -> None:
-    together = Committee([ResidualNet(), DigitNet(), UprightNet(batch_norm=False), UprightNet(), UprightResidualNet()])
+    normed = [net(batch_norm=normed) for net in (UprightNet, ZoomNet) for normed in (False, True)]
+    together = Committee([ResidualNet(), DigitNet(), *normed, UprightResidualNet()])
     for net in (*together.members, together):
         made = make_net({"state_dict": {f"net.{name}": weight for name, weight in net.state_dict().items()}})
         made.load_state_dict(net.state_dict())
@@ -328,6 +294,6 @@ def test_a_committee_of_residual_nets_counts_its_parameters(
 
 def test_an_unknown_architecture_is_refused() -> None:
     with pytest.raises(
-        ValueError, match="architecture is lenet; there are digitnet, upright, residual, upright_residual"
+        ValueError, match="architecture is lenet; there are digitnet, upright, zoom, residual, upright_residual"
     ):
         DigitClassifier(architecture="lenet")  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from digitnet.data import MNISTDataModule, fetch_digits
     from digitnet.distillation import Teacher
     from digitnet.disturb import RandomDisturbance
-    from digitnet.model import DigitNet, ResidualNet, UprightNet, UprightResidualNet
+    from digitnet.model import DigitNet, ResidualNet, UprightNet, UprightResidualNet, ZoomNet
     from digitnet.selection import HardExamples
 
 __version__ = "0.1.0"
@@ -25,6 +25,7 @@ __all__ = [
     "Teacher",
     "UprightNet",
     "UprightResidualNet",
+    "ZoomNet",
     "fetch_digits",
 ]
 
@@ -40,6 +41,7 @@ _HOMES = {
     "Teacher": "distillation",
     "UprightNet": "model",
     "UprightResidualNet": "model",
+    "ZoomNet": "model",
     "fetch_digits": "data",
 }
 

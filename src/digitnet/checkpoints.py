@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from digitnet.files import replace_whole, shorten
-from digitnet.model import Committee, DigitNet, Network, ResidualNet, SingleNet, UprightNet, UprightResidualNet
+from digitnet.model import Committee, DigitNet, Network, ResidualNet, SingleNet, UprightNet, UprightResidualNet, ZoomNet
 
 LOG_DIR = Path("lightning_logs")
 FIT_HINT = "python -m digitnet fit --config configs/final.yaml"
@@ -137,6 +137,8 @@ def _make_single(names: list[str]) -> SingleNet:
         return UprightResidualNet()
     if "digitnet.conv1.weight" in names:
         return UprightNet(batch_norm="digitnet.norms.conv1.mean" in names)
+    if "zoomed.conv1.weight" in names:
+        return ZoomNet(batch_norm="zoomed.norms.conv1.mean" in names)
     return DigitNet()
 
 
@@ -151,6 +153,8 @@ def load_net(path: Path) -> tuple[Network, dict[str, Any]]:
     net.load_state_dict({name: checkpoint["state_dict"][f"net.{name}"] for name in net.state_dict()})
     if isinstance(net, UprightNet):
         net.digitnet = net.digitnet.fold()
+    if isinstance(net, ZoomNet):
+        net.zoomed = net.zoomed.fold()
     return net.eval(), checkpoint
 
 

@@ -15,7 +15,7 @@ from conftest import Run
 from digitnet.apply import export as module
 from digitnet.apply.predictor import Predictor
 from digitnet.data import load_bundled_digits
-from digitnet.model import UprightNet
+from digitnet.model import ARCHITECTURES
 
 WITHOUT_TORCH = """
 import sys
@@ -58,13 +58,16 @@ def test_the_exported_file_reads_as_the_checkpoint_does(
 
 
 @pytest.mark.parametrize("format", ["onnx", "pt2"])
+@pytest.mark.parametrize("architecture", ["upright", "zoom"])
 def test_the_exported_file_sets_digits_upright(
-    digitnet: Run, trained_run: Path, tmp_path: Path, capsys: Any, format: str
+    digitnet: Run, trained_run: Path, tmp_path: Path, capsys: Any, architecture: str, format: str
 ) -> None:
     if format == "onnx":
         pytest.importorskip("onnxscript")
     stored = torch.load(trained_run / "checkpoints" / "best.ckpt", weights_only=True)
-    stored["state_dict"] = {f"net.{name}": weight for name, weight in UprightNet().state_dict().items()}
+    stored["state_dict"] = {
+        f"net.{name}": weight for name, weight in ARCHITECTURES[architecture]().state_dict().items()
+    }
     torch.save(stored, tmp_path / "upright.ckpt")
     assert digitnet("export", "--ckpt_path", tmp_path / "upright.ckpt", "--format", format) == 0
     assert "180 test images: the same digits" in capsys.readouterr().out  # compared by the command
