@@ -61,7 +61,7 @@ class DigitNet(nn.Module):
         Returns:
             Logits (B, 10), unbounded; their softmax is the probability of each digit.
         """
-        x = to_levels(images, self.conv1.weight.dtype)  # (B, 1, 28, 28)
+        x = self.see(images)  # (B, 1, 28, 28)
         x = self.conv_dropout(self._activate("conv1", self.pool(self.conv1(x))))  # (B, 64, 14, 14)
         x = self._activate("conv2", self.conv2(x))  # (B, 128, 14, 14)
         x = self.conv_dropout(self._activate("conv3", self.pool(self.conv3(x))))  # (B, 128, 7, 7)
@@ -71,6 +71,10 @@ class DigitNet(nn.Module):
         x = self.dropout(self._activate("fc1", self.fc1(x)))  # (B, 128)
         x = self.dropout(self._activate("fc2", self.fc2(x)))  # (B, 64)
         return self.fc3(x)  # (B, 10)
+
+    def see(self, images: Tensor) -> Tensor:
+        """What of such images counts: all of it, levels in [0, 1]; (B, 1, 28, 28)."""
+        return to_levels(images, self.conv1.weight.dtype)
 
     def _activate(self, name: str, x: Tensor) -> Tensor:
         return F.relu(self.norms[name](x) if name in self.norms else x)
@@ -147,8 +151,12 @@ class UprightNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, 10) of images (B, 1, 28, 28), uint8 in [0, 255] or floating point in [0, 1]."""
-        x = to_levels(images, self.digitnet.conv1.weight.dtype)  # (B, 1, 28, 28)
-        return self.digitnet(look_closely(set_upright(x, self.training)))
+        return self.digitnet(self.see(images))
+
+    def see(self, images: Tensor) -> Tensor:
+        """What of such images counts: (B, 1, 28, 28), each of mean 0 and variance 1; in training drawn anew."""
+        x = to_levels(images, self.digitnet.conv1.weight.dtype)
+        return look_closely(set_upright(x, self.training))
 
 
 class ZoomNet(nn.Module):
@@ -173,8 +181,12 @@ class ZoomNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, 10) of images (B, 1, 28, 28), uint8 in [0, 255] or floating point in [0, 1]."""
-        x = to_levels(images, self.zoomed.conv1.weight.dtype)  # (B, 1, 28, 28)
-        return self.zoomed(zoom_in(set_upright(x, self.training), self.training))
+        return self.zoomed(self.see(images))
+
+    def see(self, images: Tensor) -> Tensor:
+        """As of UprightNet."""
+        x = to_levels(images, self.zoomed.conv1.weight.dtype)
+        return zoom_in(set_upright(x, self.training), self.training)
 
 
 class ResidualNet(nn.Module):
@@ -211,8 +223,15 @@ class ResidualNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, 10) of images (B, 1, 28, 28), uint8 in [0, 255] or floating point in [0, 1]."""
-        x = look_closely(to_levels(images, self.conv1.weight.dtype))  # (B, 1, 28, 28)
-        x = self.conv_dropout(F.relu(self.pool(self.conv1(x))))  # (B, 128, 14, 14)
+        return self.score(self.see(images))
+
+    def see(self, images: Tensor) -> Tensor:
+        """What of such images counts: (B, 1, 28, 28), each of mean 0 and variance 1."""
+        return look_closely(to_levels(images, self.conv1.weight.dtype))
+
+    def score(self, seen: Tensor) -> Tensor:
+        """Logits (B, 10) of what is seen."""
+        x = self.conv_dropout(F.relu(self.pool(self.conv1(seen))))  # (B, 128, 14, 14)
         x = self.block1(x)
         x = self.conv_dropout(F.relu(self.pool(self.conv2(self.norm2(x)))))  # (B, 256, 7, 7)
         x = self.block2(x)
@@ -252,8 +271,12 @@ class UprightResidualNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, 10) of images (B, 1, 28, 28), uint8 in [0, 255] or floating point in [0, 1]."""
-        x = to_levels(images, self.residual.conv1.weight.dtype)  # (B, 1, 28, 28)
-        return self.residual(set_upright(x, self.training))
+        return self.residual.score(self.see(images))
+
+    def see(self, images: Tensor) -> Tensor:
+        """As of UprightNet."""
+        x = to_levels(images, self.residual.conv1.weight.dtype)
+        return look_closely(set_upright(x, self.training))
 
 
 SingleNet = DigitNet | UprightNet | ZoomNet | ResidualNet | UprightResidualNet

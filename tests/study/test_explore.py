@@ -13,7 +13,17 @@ from torchvision.transforms import v2
 
 from digitnet.augment import RandomAffine, preview_augmentation
 from digitnet.study.ablation import load_row, resolve
-from digitnet.study.explore import NUM_DRAWS, SECTIONS, draw_pictures, explore, load_data_module, read_config
+from digitnet.study.explore import (
+    NUM_DRAWS,
+    SECTIONS,
+    draw_pictures,
+    explore,
+    load_data_module,
+    make_untrained,
+    read_config,
+    show_seen,
+)
+from digitnet.views import look_closely
 
 DIGITS = "data:\n  source: digits\n  split: [1297, 250, 250]\n"
 AUGMENTATION = """\
@@ -51,10 +61,34 @@ def test_writes_each_figure_twice_and_a_page_that_needs_nothing_else(
 
 def test_a_config_with_the_writeups_augmentation_marks_it_and_draws_it_once() -> None:
     settings = {"source": "digits", "split": [1297, 250, 250], "augmentation": "digitnet.augment.RandomAffine"}
-    pictures = draw_pictures(load_data_module({"data": settings}), seed=0)
+    pictures = draw_pictures(load_data_module({"data": settings}), None, seed=0)
     marked = {picture.name: "This is what the config trains with" in picture.caption for picture in pictures}
     assert "augmentation" not in marked
     assert [name for name, is_marked in marked.items() if is_marked] == ["rotation_and_shift"]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "augmentation", "is_shown"),
+    [("zoom", None, True), ("upright", "digitnet.RandomWarp", True), ("digitnet", None, False), (None, None, False)],
+)
+def test_what_a_network_sees_is_pictured_where_it_is_something_else(
+    architecture: str | None, augmentation: str | None, is_shown: bool
+) -> None:
+    settings = {"source": "digits", "split": [1297, 250, 250], "augmentation": augmentation}
+    config = {"data": settings, "model": {"architecture": architecture} if architecture else None}
+    pictures = {each.name: each for each in draw_pictures(load_data_module(config), make_untrained(config), seed=0)}
+    assert ("seen" in pictures) == is_shown
+    if is_shown:
+        assert ("on augmented images" in pictures["seen"].caption) == (augmentation is not None)
+
+
+def test_what_a_network_sees_fills_the_levels() -> None:
+    images = torch.from_numpy(ORIGINALS)[:, None]
+    seen = show_seen(make_untrained({"model": {"architecture": "residual"}}), None)(images)
+    for image, level in zip(look_closely(images / 255), seen, strict=True):
+        assert (level.min(), level.max()) == (0, 1)
+        np.testing.assert_allclose(np.corrcoef(image.flatten(), level.flatten()), 1, atol=1e-5)
+    assert not show_seen(make_untrained({}), None)(torch.zeros(1, 1, 28, 28, dtype=torch.uint8)).any()
 
 
 def test_draws_repeat_with_the_seed_and_leave_the_callers_random_numbers_alone() -> None:
@@ -86,6 +120,7 @@ def test_draws_keep_the_order_of_the_originals_and_the_scale_of_uint8() -> None:
         ("data:\n  augmentation:\n    class_path: digitnet.augment.Rotate", "digitnet.augment.Rotate"),
         (DIGITS + "  augmentation: {class_path: digitnet.augment.RandomAffine, init_args: {shift_frac: -1}}", "-1.0"),
         (DIGITS + "  augmentation: torch.nn.Flatten", "the shape must stay"),
+        (DIGITS + "model: {architecture: lenet}", "model.architecture is lenet; there are digitnet, upright, zoom,"),
     ],
 )
 def test_bad_configs_are_told_in_one_line_and_leave_no_folder(tmp_path: Path, text: str, said: str) -> None:

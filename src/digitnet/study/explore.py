@@ -7,12 +7,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from digitnet import figures
 from digitnet.augment import Augmentation, RandomAffine, preview_augmentation
 from digitnet.data import MNISTDataModule
 from digitnet.errors import nearest_name, to_one_line
 from digitnet.imports import limit_imports
+from digitnet.model import ARCHITECTURES, DigitNet, SingleNet
 from digitnet.study.page import render_page, write_file
 
 NUM_DRAWS = 8
@@ -45,6 +47,8 @@ class Picture(NamedTuple):
 def explore(config: Path | None = None, folder: Path = Path("explore"), seed: int = 42) -> None:
     """Picture the data: first digits, class balance, augmentation, mean images; as PNG, SVG and one page.
 
+    Where a config's network sets digits upright or looks closer, what it sees of them in training is pictured, too.
+
     Args:
         config: a config of fit (or the config.yaml of a run), whose data and augmentation to picture; by default MNIST
             with the write-up's split and augmentation.
@@ -57,8 +61,10 @@ def explore(config: Path | None = None, folder: Path = Path("explore"), seed: in
     """
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed is {seed}; it must be from 0 to 2**63 - 1")
-    module = load_data_module(read_config(config)) if config else MNISTDataModule(augmentation=RandomAffine())
-    pictures = draw_pictures(module, seed)
+    settings = read_config(config) if config else None
+    module = MNISTDataModule(augmentation=RandomAffine()) if settings is None else load_data_module(settings)
+    net = None if settings is None else make_untrained(settings)
+    pictures = draw_pictures(module, net, seed)
     for picture in pictures:
         write_file(folder / f"{picture.name}.png", figures.render(picture.figure, "png", dpi=200))
         write_file(folder / f"{picture.name}.svg", figures.render(picture.figure, "svg"))
@@ -121,8 +127,32 @@ def load_data_module(config: dict[str, Any]) -> MNISTDataModule:
     return module
 
 
-def draw_pictures(module: MNISTDataModule, seed: int) -> list[Picture]:
-    """Every figure of the data, in the order of the page."""
+def make_untrained(config: dict[str, Any]) -> SingleNet:
+    """A network of the architecture that a config names, ready to be trained.
+
+    Raises:
+        ValueError: there is no such architecture.
+    """
+    section = config.get("model")
+    name = section.get("architecture", "digitnet") if isinstance(section, dict) else "digitnet"
+    if name not in ARCHITECTURES:
+        raise ValueError(f"model.architecture is {name}; there are {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[name]()
+
+
+def show_seen(net: SingleNet, augmentation: Augmentation | None) -> Augmentation:
+    """From images (B, 1, 28, 28) uint8 to what a network in training sees of them: the darkest 0, the brightest 1."""
+
+    def show(images: Tensor) -> Tensor:
+        seen = net.see(images if augmentation is None else augmentation(images))
+        low, high = seen.amin(dim=(1, 2, 3), keepdim=True), seen.amax(dim=(1, 2, 3), keepdim=True)
+        return (seen - low) / (high - low).clamp_min(1e-6)
+
+    return show
+
+
+def draw_pictures(module: MNISTDataModule, net: SingleNet | None, seed: int) -> list[Picture]:
+    """Every figure of the data, in the order of the page; with what a network sees, where that is something else."""
     module.setup("fit")
     splits = {
         name: (dataset.images[:, 0].numpy(), dataset.labels.numpy())
@@ -149,6 +179,8 @@ def draw_pictures(module: MNISTDataModule, seed: int) -> list[Picture]:
     chosen = module.augmentation
     if chosen is not None and all(repr(chosen) != repr(transform) for *_, transform in previews.values()):
         previews["augmentation"] = ("The config's own", "The augmentation that the config names", chosen)
+    if net is not None and not isinstance(net, DigitNet):
+        previews["seen"] = ("What the network sees", "What the network sees in training", show_seen(net, chosen))
     for name, (heading, title, transform) in previews.items():
         draws = preview_augmentation(transform, originals, NUM_DRAWS, seed)
         used = "This is what the config trains with" if repr(transform) == repr(chosen) else ""
@@ -156,6 +188,8 @@ def draw_pictures(module: MNISTDataModule, seed: int) -> list[Picture]:
             used = "The write-up's, to compare: the config does not train with it"
         if name == "augmentation":
             used += f": {' '.join(repr(transform).split())}"
+        if name == "seen":
+            used = f"The network's own first step, without parameters{', on augmented images' if chosen else ''}"
         pictures.append(
             Picture(
                 name,
