@@ -64,7 +64,6 @@ def deslant(images: Tensor, jitter: Tensor | None = None) -> Tensor:
     return upright.to(images.dtype)
 
 
-@torch.no_grad()
 def zoom_in(images: Tensor, training: bool) -> Tensor:
     """The middle 24x24 pixels of each image, enlarged to 28x28, of mean 0 and variance 1.
 

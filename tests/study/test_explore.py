@@ -120,6 +120,7 @@ def test_draws_keep_the_order_of_the_originals_and_the_scale_of_uint8() -> None:
         ("data:\n  augmentation:\n    class_path: digitnet.augment.Rotate", "digitnet.augment.Rotate"),
         (DIGITS + "  augmentation: {class_path: digitnet.augment.RandomAffine, init_args: {shift_frac: -1}}", "-1.0"),
         (DIGITS + "  augmentation: torch.nn.Flatten", "the shape must stay"),
+        (DIGITS + "model: {architecture: [zoom]}", "model.architecture is ['zoom']; there are digitnet,"),
         (DIGITS + "model: {architecture: lenet}", "model.architecture is lenet; there are digitnet, upright, zoom,"),
     ],
 )

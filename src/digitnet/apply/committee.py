@@ -43,7 +43,7 @@ def committee(checkpoints: list[Path], output: Path = Path("committee.ckpt"), da
         if files.count(file) > 1:
             raise ValueError(f"{path} is given twice; give each member once")
         if file == output.resolve():
-            raise ValueError(f"output is {output}, which is a member; give another file, such as committee.ckpt")
+            raise ValueError(f"output is {output}, which is a member; give another file: --output FILE.ckpt")
     loaded = [load_net(path) for path in paths]
     first = loaded[0][1]
     known = read_data_settings(first)

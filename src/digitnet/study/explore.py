@@ -135,7 +135,7 @@ def make_untrained(config: dict[str, Any]) -> SingleNet:
     """
     section = config.get("model")
     name = section.get("architecture", "digitnet") if isinstance(section, dict) else "digitnet"
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         raise ValueError(f"model.architecture is {name}; there are {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[name]()
 
