@@ -100,7 +100,7 @@ def test_upright_net_is_digitnet_on_deslanted_images() -> None:
     none = torch.zeros(10)
     x = affine(deslant(images.float() / 255), none, torch.zeros(10, 2), zoom=none + 8 / 7)
     x = (x - x.mean(dim=(2, 3), keepdim=True)) / x.std(dim=(2, 3), keepdim=True, correction=0)
-    torch.testing.assert_close(net(images), net.digitnet(x), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(net(images), net.behind(x), rtol=1e-3, atol=1e-3)
 
 
 def test_a_residual_net_may_see_deslanted_images() -> None:
@@ -116,10 +116,10 @@ def test_zoom_net_is_digitnet_on_what_is_upright_and_near() -> None:
     net = ZoomNet().eval()
     images = torch.from_numpy(load_bundled_digits().images[:10])[:, None]
     assert sum(p.numel() for p in net.parameters()) == 1_413_834
-    expected = net.zoomed(zoom_in(deslant(images.float() / 255), training=False))
+    expected = net.behind(zoom_in(deslant(images.float() / 255), training=False))
     torch.testing.assert_close(net(images), expected)
     folded = copy.deepcopy(net)
-    folded.zoomed = folded.zoomed.fold()
+    folded.fold()
     torch.testing.assert_close(folded(images), expected, rtol=1e-4, atol=1e-4)
 
 

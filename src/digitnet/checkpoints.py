@@ -135,10 +135,9 @@ def _make_single(names: list[str]) -> SingleNet:
         return ResidualNet()
     if "residual.block1.conv.weight" in names:
         return UprightResidualNet()
-    if "digitnet.conv1.weight" in names:
-        return UprightNet(batch_norm="digitnet.norms.conv1.mean" in names)
-    if "zoomed.conv1.weight" in names:
-        return ZoomNet(batch_norm="zoomed.norms.conv1.mean" in names)
+    for kind in (UprightNet, ZoomNet):
+        if f"{kind.KEY}.conv1.weight" in names:
+            return kind(batch_norm=f"{kind.KEY}.norms.conv1.mean" in names)
     return DigitNet()
 
 
@@ -152,9 +151,7 @@ def load_net(path: Path) -> tuple[Network, dict[str, Any]]:
     net = make_net(checkpoint)
     net.load_state_dict({name: checkpoint["state_dict"][f"net.{name}"] for name in net.state_dict()})
     if isinstance(net, UprightNet):
-        net.digitnet = net.digitnet.fold()
-    if isinstance(net, ZoomNet):
-        net.zoomed = net.zoomed.fold()
+        net.fold()
     return net.eval(), checkpoint
 
 

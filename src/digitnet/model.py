@@ -145,48 +145,44 @@ class UprightNet(nn.Module):
         ValueError: when a probability lies outside [0, 1).
     """
 
+    KEY = "digitnet"  # the name of what is behind the view, in checkpoints: it tells one view from another
+
     def __init__(self, dropout: float = 0.2, conv_dropout: float = 0.0, batch_norm: bool = True) -> None:
         super().__init__()
-        self.digitnet = DigitNet(dropout, conv_dropout, batch_norm)
+        self.add_module(self.KEY, DigitNet(dropout, conv_dropout, batch_norm))
+
+    @property
+    def behind(self) -> DigitNet:
+        """The write-up's network."""
+        net = self.get_submodule(self.KEY)
+        assert isinstance(net, DigitNet)
+        return net
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, 10) of images (B, 1, 28, 28), uint8 in [0, 255] or floating point in [0, 1]."""
-        return self.digitnet(self.see(images))
+        return self.behind(self.see(images))
 
     def see(self, images: Tensor) -> Tensor:
         """What of such images counts: (B, 1, 28, 28), each of mean 0 and variance 1; in training drawn anew."""
-        x = to_levels(images, self.digitnet.conv1.weight.dtype)
-        return look_closely(set_upright(x, self.training))
+        return look_closely(set_upright(self.behind.see(images), self.training))
+
+    def fold(self) -> None:
+        """Make batch normalization part of the layers, in place."""
+        self.add_module(self.KEY, self.behind.fold())
 
 
-class ZoomNet(nn.Module):
-    """DigitNet on digits set upright and seen from near; in training, each from a place, angle and distance of its own.
+class ZoomNet(UprightNet):
+    """UprightNet that sees digits from near; in training, each from a place, an angle and a distance of its own.
 
-    Like UprightNet it is trained with batch normalization, folded afterwards, and has 1,413,834 parameters. It does the
-    work of an augmentation by itself, as one that turned or bent digits before they are set upright would be undone in
-    part.
-
-    Args:
-        dropout: as of DigitNet.
-        conv_dropout: as of DigitNet.
-        batch_norm: as of DigitNet, but on.
-
-    Raises:
-        ValueError: when a probability lies outside [0, 1).
+    It does the work of an augmentation by itself, as one that turned or bent digits before they are set upright would
+    be undone in part.
     """
 
-    def __init__(self, dropout: float = 0.2, conv_dropout: float = 0.0, batch_norm: bool = True) -> None:
-        super().__init__()
-        self.zoomed = DigitNet(dropout, conv_dropout, batch_norm)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, 10) of images (B, 1, 28, 28), uint8 in [0, 255] or floating point in [0, 1]."""
-        return self.zoomed(self.see(images))
+    KEY = "zoomed"
 
     def see(self, images: Tensor) -> Tensor:
         """As of UprightNet."""
-        x = to_levels(images, self.zoomed.conv1.weight.dtype)
-        return zoom_in(set_upright(x, self.training), self.training)
+        return zoom_in(set_upright(self.behind.see(images), self.training), self.training)
 
 
 class ResidualNet(nn.Module):

@@ -65,14 +65,14 @@ def checkpoint(images: Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path
     return path
 
 
-def quiet_trainer(**settings: int) -> Trainer:
+def quiet_trainer(max_steps: int = -1) -> Trainer:
     return Trainer(
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        **settings,  # type: ignore[arg-type]
+        max_steps=max_steps,
     )
 
 

@@ -102,7 +102,8 @@ class Page(HTMLParser):
         self.links: list[str] = []
         self.headings: list[str] = []
         self.cards: dict[str, list[str]] = {}  # section -> its cards
-        self.section, self.open, self.words = "", "", []  # type: ignore[var-annotated]
+        self.section, self.open = "", ""
+        self.words: list[str] = []
         self.feed(page)
         self.text = " ".join(" ".join(self.words).split())
 
