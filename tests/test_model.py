@@ -25,6 +25,7 @@ from digitnet.model import (
     UprightNet,
     UprightResidualNet,
     ZoomNet,
+    ZoomResidualNet,
 )
 from digitnet.views import deslant, zoom_in
 
@@ -107,9 +108,17 @@ def test_a_residual_net_may_see_deslanted_images() -> None:
     net = UprightResidualNet().eval()
     images = torch.from_numpy(load_bundled_digits().images[:10])[:, None]
     assert sum(p.numel() for p in net.parameters()) == 4_587_914
-    expected = net.residual(deslant(images.float() / 255))
+    expected = net.behind(deslant(images.float() / 255))
     torch.testing.assert_close(net(images), expected)
-    assert (net.residual(images) - expected).abs().max() > 0.01
+    assert (net.behind(images) - expected).abs().max() > 0.01
+
+
+def test_a_residual_net_may_see_what_is_upright_and_near() -> None:
+    net = ZoomResidualNet().eval()
+    images = torch.from_numpy(load_bundled_digits().images[:10])[:, None]
+    assert sum(p.numel() for p in net.parameters()) == 4_587_914
+    expected = net.behind.score(zoom_in(deslant(images.float() / 255), training=False))
+    torch.testing.assert_close(net(images), expected)
 
 
 def test_zoom_net_is_digitnet_on_what_is_upright_and_near() -> None:
@@ -123,7 +132,7 @@ def test_zoom_net_is_digitnet_on_what_is_upright_and_near() -> None:
     torch.testing.assert_close(folded(images), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("architecture", ["upright", "zoom", "upright_residual"])
+@pytest.mark.parametrize("architecture", ["upright", "zoom", "upright_residual", "zoom_residual"])
 def test_views_are_drawn_in_training_only(architecture: str) -> None:
     images = torch.from_numpy(load_bundled_digits().images[:10])[:, None]
     net = ARCHITECTURES[architecture](dropout=0.0)
@@ -238,7 +247,7 @@ def test_residual_net_is_the_sources_without_its_second_convolution() -> None:
 
 def test_an_architecture_is_told_by_its_weights() -> None:
     normed = [net(batch_norm=normed) for net in (UprightNet, ZoomNet) for normed in (False, True)]
-    together = Committee([ResidualNet(), DigitNet(), *normed, UprightResidualNet()])
+    together = Committee([ResidualNet(), DigitNet(), *normed, UprightResidualNet(), ZoomResidualNet()])
     for net in (*together.members, together):
         made = make_net({"state_dict": {f"net.{name}": weight for name, weight in net.state_dict().items()}})
         made.load_state_dict(net.state_dict())
@@ -293,7 +302,6 @@ def test_a_committee_of_residual_nets_counts_its_parameters(
 
 
 def test_an_unknown_architecture_is_refused() -> None:
-    with pytest.raises(
-        ValueError, match="architecture is lenet; there are digitnet, upright, zoom, residual, upright_residual"
-    ):
+    names = "digitnet, upright, zoom, residual, upright_residual, zoom_residual"
+    with pytest.raises(ValueError, match=f"architecture is lenet; there are {names}"):
         DigitClassifier(architecture="lenet")  # type: ignore[arg-type]

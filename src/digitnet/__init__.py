@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from digitnet.data import MNISTDataModule, fetch_digits
     from digitnet.distillation import Teacher
     from digitnet.disturb import RandomDisturbance
-    from digitnet.model import DigitNet, ResidualNet, UprightNet, UprightResidualNet, ZoomNet
+    from digitnet.model import DigitNet, ResidualNet, UprightNet, UprightResidualNet, ZoomNet, ZoomResidualNet
     from digitnet.selection import HardExamples
 
 __version__ = "0.1.0"
@@ -26,6 +26,7 @@ __all__ = [
     "UprightNet",
     "UprightResidualNet",
     "ZoomNet",
+    "ZoomResidualNet",
     "fetch_digits",
 ]
 
@@ -42,6 +43,7 @@ _HOMES = {
     "UprightNet": "model",
     "UprightResidualNet": "model",
     "ZoomNet": "model",
+    "ZoomResidualNet": "model",
     "fetch_digits": "data",
 }
 

@@ -13,7 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from digitnet.files import replace_whole, shorten
-from digitnet.model import Committee, DigitNet, Network, ResidualNet, SingleNet, UprightNet, UprightResidualNet, ZoomNet
+from digitnet.model import (
+    Committee,
+    DigitNet,
+    Network,
+    ResidualNet,
+    SingleNet,
+    UprightNet,
+    UprightResidualNet,
+    ZoomNet,
+    ZoomResidualNet,
+)
 
 LOG_DIR = Path("lightning_logs")
 FIT_HINT = "python -m digitnet fit --config configs/final.yaml"
@@ -133,8 +143,9 @@ def is_of_architecture(checkpoint: dict[str, Any], net: nn.Module) -> bool:
 def _make_single(names: list[str]) -> SingleNet:
     if "block1.conv.weight" in names:
         return ResidualNet()
-    if "residual.block1.conv.weight" in names:
-        return UprightResidualNet()
+    for large in (UprightResidualNet, ZoomResidualNet):
+        if f"{large.KEY}.block1.conv.weight" in names:
+            return large()
     for kind in (UprightNet, ZoomNet):
         if f"{kind.KEY}.conv1.weight" in names:
             return kind(batch_norm=f"{kind.KEY}.norms.conv1.mean" in names)

@@ -35,8 +35,8 @@ class DigitClassifier(L.LightningModule):
     Args:
         architecture: "digitnet", the write-up's network; "upright", the same on digits set upright
             (digitnet.UprightNet); "zoom", seen from near as well, and augmented by itself (digitnet.ZoomNet);
-            "residual", digitnet.ResidualNet; or "upright_residual", that one on digits set upright
-            (digitnet.UprightResidualNet).
+            "residual", digitnet.ResidualNet; or "upright_residual" and "zoom_residual", that one behind the same steps
+            (digitnet.UprightResidualNet, digitnet.ZoomResidualNet).
         dropout: probability of dropping a unit, in [0, 1): after each of the two hidden dense layers or, in a
             ResidualNet, before the only dense layer.
         conv_dropout: probability of dropping a value after each pooling, in [0, 1).
@@ -56,7 +56,9 @@ class DigitClassifier(L.LightningModule):
 
     def __init__(
         self,
-        architecture: Literal["digitnet", "upright", "zoom", "residual", "upright_residual"] = "digitnet",
+        architecture: Literal[
+            "digitnet", "upright", "zoom", "residual", "upright_residual", "zoom_residual"
+        ] = "digitnet",
         dropout: float = 0.2,
         conv_dropout: float = 0.0,
         # A lambda, because the command line can read its defaults back; epsilon is Keras', PyTorch's is 1e-8.

@@ -261,21 +261,39 @@ class UprightResidualNet(nn.Module):
         ValueError: when a probability lies outside [0, 1).
     """
 
+    KEY = "residual"  # as of UprightNet
+
     def __init__(self, dropout: float = 0.0, conv_dropout: float = 0.0) -> None:
         super().__init__()
-        self.residual = ResidualNet(dropout, conv_dropout)
+        self.add_module(self.KEY, ResidualNet(dropout, conv_dropout))
+
+    @property
+    def behind(self) -> ResidualNet:
+        """The network behind the view."""
+        net = self.get_submodule(self.KEY)
+        assert isinstance(net, ResidualNet)
+        return net
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, 10) of images (B, 1, 28, 28), uint8 in [0, 255] or floating point in [0, 1]."""
-        return self.residual.score(self.see(images))
+        return self.behind.score(self.see(images))
 
     def see(self, images: Tensor) -> Tensor:
         """As of UprightNet."""
-        x = to_levels(images, self.residual.conv1.weight.dtype)
-        return look_closely(set_upright(x, self.training))
+        return look_closely(set_upright(to_levels(images, self.behind.conv1.weight.dtype), self.training))
 
 
-SingleNet = DigitNet | UprightNet | ZoomNet | ResidualNet | UprightResidualNet
+class ZoomResidualNet(UprightResidualNet):
+    """UprightResidualNet that sees digits from near, as ZoomNet does."""
+
+    KEY = "zoomed_residual"
+
+    def see(self, images: Tensor) -> Tensor:
+        """As of UprightNet."""
+        return zoom_in(set_upright(to_levels(images, self.behind.conv1.weight.dtype), self.training), self.training)
+
+
+SingleNet = DigitNet | UprightNet | ZoomNet | ResidualNet | UprightResidualNet | ZoomResidualNet
 
 
 class Committee(nn.Module):
@@ -302,6 +320,7 @@ ARCHITECTURES: dict[str, type[SingleNet]] = {
     "zoom": ZoomNet,
     "residual": ResidualNet,
     "upright_residual": UprightResidualNet,
+    "zoom_residual": ZoomResidualNet,
 }
 
 
