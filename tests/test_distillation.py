@@ -8,8 +8,10 @@ import pytest
 import torch
 from conftest import QUICKSTART, Run
 
-from digitnet import DigitClassifier, DigitNet, Teacher
+from digitnet import DigitClassifier, DigitNet, Teacher, UprightNet, UprightResidualNet, ZoomNet, ZoomResidualNet
 from digitnet.checkpoints import save_checkpoint
+from digitnet.data import load_bundled_digits
+from digitnet.model import Committee, SingleNet
 
 
 @pytest.fixture
@@ -34,6 +36,27 @@ def test_teaches_a_mixture_of_its_answer_and_the_label(checkpoint: Path, label_f
     found = Teacher(checkpoint, label_frac)(images, labels)
     assert not found.requires_grad
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(("kind", "like"), [(UprightNet, UprightNet), (ZoomNet, ZoomNet), (ZoomNet, ZoomResidualNet)])
+def test_members_of_the_pupils_view_answer_for_what_it_sees(
+    tmp_path: Path, kind: type[SingleNet], like: type[SingleNet]
+) -> None:
+    alike, other = like().eval(), UprightResidualNet().eval() if kind is ZoomNet else DigitNet().eval()
+    state = {f"net.{name}": weight for name, weight in Committee([alike, other]).state_dict().items()}
+    save_checkpoint({"state_dict": state, "pytorch-lightning_version": "2.6.6"}, tmp_path / "both.ckpt")
+    teacher, pupil = Teacher(tmp_path / "both.ckpt", label_frac=0.0), kind(dropout=0.0)
+    images, labels = torch.from_numpy(load_bundled_digits().images[:10])[:, None], torch.arange(10)
+
+    torch.manual_seed(1)
+    logits, targets = teacher.teach(pupil, images, labels)
+    torch.manual_seed(1)
+    seen = pupil.see(images)  # drawn, as it is in training
+    torch.testing.assert_close(logits, pupil.score(seen))
+    answers = alike.score(seen).softmax(dim=1), other(images).softmax(dim=1)
+    torch.testing.assert_close(targets, (answers[0] + answers[1]) / 2, rtol=1e-3, atol=1e-5)
+    assert logits.requires_grad
+    assert not targets.requires_grad
 
 
 def test_the_loss_is_towards_the_teacher_and_the_accuracy_of_the_labels(checkpoint: Path) -> None:

@@ -161,8 +161,9 @@ def load_net(path: Path) -> tuple[Network, dict[str, Any]]:
     checkpoint = verify_checkpoint(path)
     net = make_net(checkpoint)
     net.load_state_dict({name: checkpoint["state_dict"][f"net.{name}"] for name in net.state_dict()})
-    if isinstance(net, UprightNet):
-        net.fold()
+    for each in net.members if isinstance(net, Committee) else [net]:
+        if isinstance(each, UprightNet):
+            each.fold()
     return net.eval(), checkpoint
 
 

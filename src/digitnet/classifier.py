@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import lightning as L
 import torch
@@ -19,7 +19,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from digitnet.checkpoints import is_of_architecture, make_net
 from digitnet.distillation import Teacher
-from digitnet.model import ARCHITECTURES, Network
+from digitnet.model import ARCHITECTURES, Network, SingleNet
 from digitnet.selection import HardExamples
 
 Batch = tuple[Tensor, Tensor]
@@ -132,25 +132,28 @@ class DigitClassifier(L.LightningModule):
         self.net.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        if self.selection is not None:
-            batch = self.selection(*batch)
-        targets = None if self.teacher is None else self.teacher(*batch)
-        loss, _ = self._score("train", batch, targets)
-        return loss
+        images, labels = batch if self.selection is None else self.selection(*batch)
+        if self.teacher is None:
+            return self._score("train", self(images), labels)[0]
+        logits, targets = self.teacher.teach(cast(SingleNet, self.net), images, labels)
+        return self._score("train", logits, labels, targets)[0]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        return self._score("val", batch)[1]
+        images, labels = batch
+        return self._score("val", self(images), labels)[1]
 
     def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        return self._score("test", batch)[1]
+        images, labels = batch
+        return self._score("test", self(images), labels)[1]
 
-    def _score(self, stage: str, batch: Batch, targets: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _score(
+        self, stage: str, logits: Tensor, labels: Tensor, targets: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Update the stage's metrics; return the mean loss, a scalar, and the logits (B, 10) in float32.
 
         The loss is towards ``targets``, probabilities (B, 10), where they are given; else towards the labels.
         """
-        images, labels = batch
-        logits = self(images).float()  # the loss in full precision, whatever the network computed in
+        logits = logits.float()  # the loss in full precision, whatever the network computed in
         losses = F.cross_entropy(logits, labels if targets is None else targets, reduction="none")  # (B,)
         self.get_metric(f"{stage}/loss").update(losses.detach())
         self.get_metric(f"{stage}/acc").update(logits.detach(), labels)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from digitnet.checkpoints import load_net, read_data_settings
+from digitnet.model import Committee, SingleNet
 
 
 class Teacher:
     """A trained checkpoint, whose probabilities stand in for the labels in training.
 
-    It sees the same augmented images as the network that is trained, and says more of each than its label: that this 4
-    might be a 9, or that its label is wrong.
+    It sees the same augmented images as the network that is trained, its pupil, and says more of each than its label:
+    that this 4 might be a 9, or that its label is wrong.
 
     Source: Hinton, Vinyals and Dean 2015, Distilling the Knowledge in a Neural Network, arXiv 1503.02531; differs from
     it: temperature 1, as the answers of a committee on augmented images are soft by themselves.
@@ -33,7 +35,8 @@ class Teacher:
             raise ValueError(f"label_frac is {label_frac}; it is the share of the true label, from 0 to 1")
         self.label_frac = label_frac
         net, stored = load_net(Path(checkpoint))
-        self.net = net.to(memory_format=torch.channels_last)
+        net = net.to(memory_format=torch.channels_last)
+        self.members = cast(list[SingleNet], list(net.members)) if isinstance(net, Committee) else [net]
         self.data_settings = read_data_settings(stored)  # what it was trained on
 
     @torch.no_grad()
@@ -47,5 +50,20 @@ class Teacher:
         Returns:
             Probabilities (B, 10), float32.
         """
-        answers = self.net.to(images.device)(images).float().softmax(dim=1)
-        return torch.lerp(answers, F.one_hot(labels, 10).float(), self.label_frac)
+        return self._mix([member.to(images.device)(images) for member in self.members], labels)
+
+    def teach(self, pupil: SingleNet, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The pupil's logits (B, 10) and what to teach it, as above.
+
+        Where the pupil draws its view of each image in training, such as a ZoomNet, members of the same kind of view
+        answer for that very one.
+        """
+        seen = pupil.see(images)
+        with torch.no_grad():
+            members = [member.to(images.device) for member in self.members]
+            answers = [member.score(seen) if member.VIEW is pupil.VIEW else member(images) for member in members]
+        return pupil.score(seen), self._mix(answers, labels)
+
+    def _mix(self, answers: list[Tensor], labels: Tensor) -> Tensor:
+        probabilities = torch.stack([logits.float().softmax(dim=1) for logits in answers]).mean(dim=0)
+        return torch.lerp(probabilities, F.one_hot(labels, 10).float(), self.label_frac)

@@ -3,19 +3,58 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from digitnet.views import look_closely, set_upright, zoom_in
+from digitnet.views import see_all, see_closely, see_near, see_upright
 from digitnet.winograd import Conv3x3
 
 NORM_MOMENTUM = 0.02  # the running statistics are the mean of about the last 50 steps
 
 
-class DigitNet(nn.Module):
+class SingleNet(nn.Module):
+    """A network that sees images in its own way, then scores what it saw.
+
+    Args:
+        dropout: probability of dropping a unit of the dense layers, in [0, 1).
+        conv_dropout: probability of dropping a value after each of the three poolings, in [0, 1).
+
+    Raises:
+        ValueError: when a probability lies outside [0, 1).
+    """
+
+    VIEW: Callable[[Tensor, bool], Tensor]  # images and whether this is training -> what counts of them
+
+    def __init__(self, dropout: float = 0.0, conv_dropout: float = 0.0) -> None:
+        super().__init__()
+        for name, value in (("dropout", dropout), ("conv_dropout", conv_dropout)):
+            if not 0 <= value < 1:
+                raise ValueError(f"{name} is {value}; it is a probability and must lie in [0, 1)")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Score each image for each digit.
+
+        Args:
+            images: (B, 1, 28, 28), uint8 in [0, 255] or floating point in [0, 1]; ink is bright, paper is 0.
+
+        Returns:
+            Logits (B, 10), unbounded; their softmax is the probability of each digit.
+        """
+        return self.score(self.see(images))
+
+    def see(self, images: Tensor) -> Tensor:
+        """What of such images counts: (B, 1, 28, 28)."""
+        return type(self).VIEW(to_levels(images, next(self.parameters()).dtype), self.training)
+
+    def score(self, seen: Tensor) -> Tensor:
+        """Logits (B, 10) of what is seen."""
+        raise NotImplementedError
+
+
+class DigitNet(SingleNet):
     """Five convolutions and three dense layers: 28x28 pixels in, ten logits out, 1,413,834 parameters.
 
     Source: the write-up's Keras model, layer for layer. The order of pooling and ReLU is swapped, which changes no
@@ -34,9 +73,10 @@ class DigitNet(nn.Module):
         ValueError: when a probability lies outside [0, 1).
     """
 
+    VIEW = staticmethod(see_all)
+
     def __init__(self, dropout: float = 0.2, conv_dropout: float = 0.0, batch_norm: bool = False) -> None:
-        super().__init__()
-        _check_dropouts(dropout=dropout, conv_dropout=conv_dropout)
+        super().__init__(dropout, conv_dropout)
         self.conv1 = nn.Conv2d(1, 64, kernel_size=7, padding=3)
         self.conv2 = Conv3x3(64, 128)
         self.conv3 = Conv3x3(128, 128, pooled=True)
@@ -52,17 +92,8 @@ class DigitNet(nn.Module):
         normed = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc1", "fc2") if batch_norm else ()
         self.norms = nn.ModuleDict({name: BatchNorm(getattr(self, name)) for name in normed})
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Score each image for each digit.
-
-        Args:
-            images: (B, 1, 28, 28), uint8 in [0, 255] or floating point in [0, 1]; ink is bright, paper is 0.
-
-        Returns:
-            Logits (B, 10), unbounded; their softmax is the probability of each digit.
-        """
-        x = self.see(images)  # (B, 1, 28, 28)
-        x = self.conv_dropout(self._activate("conv1", self.pool(self.conv1(x))))  # (B, 64, 14, 14)
+    def score(self, seen: Tensor) -> Tensor:
+        x = self.conv_dropout(self._activate("conv1", self.pool(self.conv1(seen))))  # (B, 64, 14, 14)
         x = self._activate("conv2", self.conv2(x))  # (B, 128, 14, 14)
         x = self.conv_dropout(self._activate("conv3", self.pool(self.conv3(x))))  # (B, 128, 7, 7)
         x = self._activate("conv4", self.conv4(x))  # (B, 256, 7, 7)
@@ -71,10 +102,6 @@ class DigitNet(nn.Module):
         x = self.dropout(self._activate("fc1", self.fc1(x)))  # (B, 128)
         x = self.dropout(self._activate("fc2", self.fc2(x)))  # (B, 64)
         return self.fc3(x)  # (B, 10)
-
-    def see(self, images: Tensor) -> Tensor:
-        """What of such images counts: all of it, levels in [0, 1]; (B, 1, 28, 28)."""
-        return to_levels(images, self.conv1.weight.dtype)
 
     def _activate(self, name: str, x: Tensor) -> Tensor:
         return F.relu(self.norms[name](x) if name in self.norms else x)
@@ -127,7 +154,7 @@ class BatchNorm(nn.Module):
         return F.batch_norm(x, self.mean, self.var, gain, self.bias, by_batch, NORM_MOMENTUM, self.eps)
 
 
-class UprightNet(nn.Module):
+class UprightNet(SingleNet):
     """DigitNet on digits set upright, enlarged and normalized; trained with batch normalization, 1,413,834 parameters.
 
     Writers differ in slant; what is taken out beforehand need not be learned from examples. Trained and folded, it is
@@ -145,10 +172,11 @@ class UprightNet(nn.Module):
         ValueError: when a probability lies outside [0, 1).
     """
 
+    VIEW = staticmethod(see_upright)
     KEY = "digitnet"  # the name of what is behind the view, in checkpoints: it tells one view from another
 
     def __init__(self, dropout: float = 0.2, conv_dropout: float = 0.0, batch_norm: bool = True) -> None:
-        super().__init__()
+        super().__init__(dropout, conv_dropout)
         self.add_module(self.KEY, DigitNet(dropout, conv_dropout, batch_norm))
 
     @property
@@ -158,13 +186,8 @@ class UprightNet(nn.Module):
         assert isinstance(net, DigitNet)
         return net
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, 10) of images (B, 1, 28, 28), uint8 in [0, 255] or floating point in [0, 1]."""
-        return self.behind(self.see(images))
-
-    def see(self, images: Tensor) -> Tensor:
-        """What of such images counts: (B, 1, 28, 28), each of mean 0 and variance 1; in training drawn anew."""
-        return look_closely(set_upright(self.behind.see(images), self.training))
+    def score(self, seen: Tensor) -> Tensor:
+        return self.behind.score(seen)
 
     def fold(self) -> None:
         """Make batch normalization part of the layers, in place."""
@@ -178,14 +201,11 @@ class ZoomNet(UprightNet):
     be undone in part.
     """
 
+    VIEW = staticmethod(see_near)
     KEY = "zoomed"
 
-    def see(self, images: Tensor) -> Tensor:
-        """As of UprightNet."""
-        return zoom_in(set_upright(self.behind.see(images), self.training), self.training)
 
-
-class ResidualNet(nn.Module):
+class ResidualNet(SingleNet):
     """Six convolutions with batch normalization and shortcuts, no hidden dense layer: 4,587,914 parameters.
 
     The middle 24.5x24.5 pixels of each image are enlarged to 28x28, then brought to mean 0 and variance 1.
@@ -203,9 +223,10 @@ class ResidualNet(nn.Module):
         ValueError: when a probability lies outside [0, 1).
     """
 
+    VIEW = staticmethod(see_closely)
+
     def __init__(self, dropout: float = 0.0, conv_dropout: float = 0.0) -> None:
-        super().__init__()
-        _check_dropouts(dropout=dropout, conv_dropout=conv_dropout)
+        super().__init__(dropout, conv_dropout)
         self.conv1 = nn.Conv2d(1, 128, kernel_size=7, padding=3)
         self.block1 = ResidualBlock(128)
         self.norm2, self.conv2 = nn.BatchNorm2d(128, momentum=NORM_MOMENTUM), Conv3x3(128, 256)
@@ -217,16 +238,7 @@ class ResidualNet(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.conv_dropout = nn.Dropout(conv_dropout)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, 10) of images (B, 1, 28, 28), uint8 in [0, 255] or floating point in [0, 1]."""
-        return self.score(self.see(images))
-
-    def see(self, images: Tensor) -> Tensor:
-        """What of such images counts: (B, 1, 28, 28), each of mean 0 and variance 1."""
-        return look_closely(to_levels(images, self.conv1.weight.dtype))
-
     def score(self, seen: Tensor) -> Tensor:
-        """Logits (B, 10) of what is seen."""
         x = self.conv_dropout(F.relu(self.pool(self.conv1(seen))))  # (B, 128, 14, 14)
         x = self.block1(x)
         x = self.conv_dropout(F.relu(self.pool(self.conv2(self.norm2(x)))))  # (B, 256, 7, 7)
@@ -250,7 +262,7 @@ class ResidualBlock(nn.Module):
         return x + F.relu(self.conv(x))
 
 
-class UprightResidualNet(nn.Module):
+class UprightResidualNet(SingleNet):
     """ResidualNet on digits set upright: 4,587,914 parameters, and the step before it has none.
 
     Args:
@@ -261,10 +273,11 @@ class UprightResidualNet(nn.Module):
         ValueError: when a probability lies outside [0, 1).
     """
 
+    VIEW = staticmethod(see_upright)
     KEY = "residual"  # as of UprightNet
 
     def __init__(self, dropout: float = 0.0, conv_dropout: float = 0.0) -> None:
-        super().__init__()
+        super().__init__(dropout, conv_dropout)
         self.add_module(self.KEY, ResidualNet(dropout, conv_dropout))
 
     @property
@@ -274,26 +287,15 @@ class UprightResidualNet(nn.Module):
         assert isinstance(net, ResidualNet)
         return net
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, 10) of images (B, 1, 28, 28), uint8 in [0, 255] or floating point in [0, 1]."""
-        return self.behind.score(self.see(images))
-
-    def see(self, images: Tensor) -> Tensor:
-        """As of UprightNet."""
-        return look_closely(set_upright(to_levels(images, self.behind.conv1.weight.dtype), self.training))
+    def score(self, seen: Tensor) -> Tensor:
+        return self.behind.score(seen)
 
 
 class ZoomResidualNet(UprightResidualNet):
     """UprightResidualNet that sees digits from near, as ZoomNet does."""
 
+    VIEW = staticmethod(see_near)
     KEY = "zoomed_residual"
-
-    def see(self, images: Tensor) -> Tensor:
-        """As of UprightNet."""
-        return zoom_in(set_upright(to_levels(images, self.behind.conv1.weight.dtype), self.training), self.training)
-
-
-SingleNet = DigitNet | UprightNet | ZoomNet | ResidualNet | UprightResidualNet | ZoomResidualNet
 
 
 class Committee(nn.Module):
@@ -337,12 +339,6 @@ def init_he_normal(module: nn.Module) -> None:
         nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
         assert module.bias is not None
         nn.init.zeros_(module.bias)
-
-
-def _check_dropouts(**dropouts: float) -> None:
-    for name, value in dropouts.items():
-        if not 0 <= value < 1:
-            raise ValueError(f"{name} is {value}; it is a probability and must lie in [0, 1)")
 
 
 def to_levels(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -1,4 +1,8 @@
-"""What a network sees of images: digits set upright, seen from nearer. Steps without parameters."""
+"""What a network sees of images: digits set upright, seen from nearer. Steps without parameters.
+
+The four views take images (B, 1, 28, 28), floating point in [0, 1], and whether this is training, and return
+(B, 1, 28, 28).
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,26 @@ MAX_SLANT = 0.7  # tangent of 35 degrees; what leans more is hardly a digit's sl
 SLANT_JITTER = 0.2  # tangent of 11 degrees
 NEAR, NEAR_TRAINED = 24, 25  # pixels across that zoom_in enlarges to 28; of what is trained on, turning takes some more
 MAX_ANGLE_DEG = 10.0
+
+
+def see_all(images: Tensor, training: bool) -> Tensor:
+    """The images as they are."""
+    return images
+
+
+def see_closely(images: Tensor, training: bool) -> Tensor:
+    """Enlarged, each of mean 0 and variance 1."""
+    return look_closely(images)
+
+
+def see_upright(images: Tensor, training: bool) -> Tensor:
+    """Set upright and enlarged, each of mean 0 and variance 1; in training drawn anew."""
+    return look_closely(set_upright(images, training))
+
+
+def see_near(images: Tensor, training: bool) -> Tensor:
+    """Set upright and enlarged further, each of mean 0 and variance 1; in training drawn anew."""
+    return zoom_in(set_upright(images, training), training)
 
 
 def look_closely(images: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import numpy as np
@@ -36,7 +36,7 @@ from digitnet.cli import DigitCLI, prepare_process
 from digitnet.data import MNISTDataModule, find_data
 from digitnet.files import make_writable
 from digitnet.machine import describe_hardware, list_versions
-from digitnet.model import DigitNet
+from digitnet.model import DigitNet, SingleNet
 from digitnet.study.page import write_file
 
 COMPLAINTS = "keras.stderr"
@@ -254,8 +254,10 @@ class PlainLoop:
 
     def compute_loss(self, images: Tensor, labels: Tensor) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            targets = labels if self.teacher is None else self.teacher(images, labels)
-            logits = self.net(images)
+            if self.teacher is None:
+                logits, targets = self.net(images), labels
+            else:
+                logits, targets = self.teacher.teach(cast(SingleNet, self.net), images, labels)
         return F.cross_entropy(logits.float(), targets)
 
     def describe(self, steps: int) -> dict[str, Any]:
