@@ -1,7 +1,7 @@
 """What a network sees of images: digits set upright, seen from nearer. Steps without parameters.
 
-The four views take images (B, 1, 28, 28), floating point in [0, 1], and whether this is training, and return
-(B, 1, 28, 28).
+A view, ``see_...``, takes images (B, 1, 28, 28), floating point in [0, 1], and whether this is training, in which some are
+drawn anew each time; it returns (B, 1, 28, 28).
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ def see_closely(images: Tensor, training: bool) -> Tensor:
 
 
 def see_upright(images: Tensor, training: bool) -> Tensor:
-    """Set upright and enlarged, each of mean 0 and variance 1; in training drawn anew."""
+    """Set upright and enlarged, each of mean 0 and variance 1; the slant in training is drawn."""
     return look_closely(set_upright(images, training))
 
 
 def see_near(images: Tensor, training: bool) -> Tensor:
-    """Set upright and enlarged further, each of mean 0 and variance 1; in training drawn anew."""
+    """Set upright and enlarged further, each of mean 0 and variance 1; how, in training, is drawn."""
     return zoom_in(set_upright(images, training), training)
 
 
