@@ -1,7 +1,7 @@
 """What a network sees of images: digits set upright, seen from nearer. Steps without parameters.
 
-A view, ``see_...``, takes images (B, 1, 28, 28), floating point in [0, 1], and whether this is training, in which some are
-drawn anew each time; it returns (B, 1, 28, 28).
+A view, ``see_...``, takes images (B, 1, 28, 28), floating point in [0, 1], and whether this is training, in which some
+are drawn anew each time; it returns (B, 1, 28, 28).
 """
 
 from __future__ import annotations
