@@ -103,7 +103,8 @@ def test_every_config_parses(digitnet: Run, config: Path, capsys: pytest.Capture
         found, wanted = parsed[section][name], written[section][name]
         if wanted is None:  # a network that augments by itself
             assert found is None
-            assert ARCHITECTURES[written["model"]["architecture"]].VIEW is see_near
+            assert parsed["model"]["architecture"] == written["model"]["architecture"]
+            assert ARCHITECTURES[parsed["model"]["architecture"]].VIEW is see_near
         else:
             assert found["class_path"] == wanted["class_path"]
             assert found["init_args"].items() >= wanted["init_args"].items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self
 
 import lightning as L
 import torch
@@ -19,7 +19,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from digitnet.checkpoints import is_of_architecture, make_net
 from digitnet.distillation import Teacher
-from digitnet.model import ARCHITECTURES, Network, SingleNet
+from digitnet.model import ARCHITECTURES, Network
 from digitnet.selection import HardExamples
 
 Batch = tuple[Tensor, Tensor]
@@ -135,7 +135,7 @@ class DigitClassifier(L.LightningModule):
         images, labels = batch if self.selection is None else self.selection(*batch)
         if self.teacher is None:
             return self._score("train", self(images), labels)[0]
-        logits, targets = self.teacher.teach(cast(SingleNet, self.net), images, labels)
+        logits, targets = self.teacher.teach(self.net, images, labels)
         return self._score("train", logits, labels, targets)[0]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:

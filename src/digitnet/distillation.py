@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from digitnet.checkpoints import load_net, read_data_settings
-from digitnet.model import Committee, SingleNet
+from digitnet.model import Committee, Network, SingleNet
 
 
 class Teacher:
@@ -39,31 +39,25 @@ class Teacher:
         self.members = cast(list[SingleNet], list(net.members)) if isinstance(net, Committee) else [net]
         self.data_settings = read_data_settings(stored)  # what it was trained on
 
-    @torch.no_grad()
-    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
-        """What to teach.
+    def teach(self, pupil: Network, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """What the pupil answers, and what it shall.
+
+        Where it draws its view of each image in training, as a ZoomNet does, members of the same kind of view answer
+        for that very one.
 
         Args:
+            pupil: the network that is trained, no committee.
             images: (B, 1, 28, 28), uint8 in [0, 255] or floating point in [0, 1].
             labels: (B,) int64.
 
         Returns:
-            Probabilities (B, 10), float32.
+            Its logits (B, 10), and probabilities (B, 10), float32.
         """
-        return self._mix([member.to(images.device)(images) for member in self.members], labels)
-
-    def teach(self, pupil: SingleNet, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The pupil's logits (B, 10) and what to teach it, as above.
-
-        Where the pupil draws its view of each image in training, such as a ZoomNet, members of the same kind of view
-        answer for that very one.
-        """
+        assert isinstance(pupil, SingleNet)
         seen = pupil.see(images)
         with torch.no_grad():
             members = [member.to(images.device) for member in self.members]
             answers = [member.score(seen) if member.VIEW is pupil.VIEW else member(images) for member in members]
-        return pupil.score(seen), self._mix(answers, labels)
-
-    def _mix(self, answers: list[Tensor], labels: Tensor) -> Tensor:
-        probabilities = torch.stack([logits.float().softmax(dim=1) for logits in answers]).mean(dim=0)
-        return torch.lerp(probabilities, F.one_hot(labels, 10).float(), self.label_frac)
+            probabilities = torch.stack([logits.float().softmax(dim=1) for logits in answers]).mean(dim=0)
+            targets = torch.lerp(probabilities, F.one_hot(labels, 10).float(), self.label_frac)
+        return pupil.score(seen), targets

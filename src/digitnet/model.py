@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 import torch
@@ -15,7 +16,7 @@ from digitnet.winograd import Conv3x3
 NORM_MOMENTUM = 0.02  # the running statistics are the mean of about the last 50 steps
 
 
-class SingleNet(nn.Module):
+class SingleNet(nn.Module, ABC):
     """A network that sees images in its own way, then scores what it saw.
 
     Args:
@@ -49,9 +50,9 @@ class SingleNet(nn.Module):
         """What of such images counts: (B, 1, 28, 28)."""
         return type(self).VIEW(to_levels(images, next(self.parameters()).dtype), self.training)
 
+    @abstractmethod
     def score(self, seen: Tensor) -> Tensor:
         """Logits (B, 10) of what is seen."""
-        raise NotImplementedError
 
 
 class DigitNet(SingleNet):
@@ -154,7 +155,31 @@ class BatchNorm(nn.Module):
         return F.batch_norm(x, self.mean, self.var, gain, self.bias, by_batch, NORM_MOMENTUM, self.eps)
 
 
-class UprightNet(SingleNet):
+class ViewedNet(SingleNet):
+    """Another network behind a view of its own, a step without parameters.
+
+    Args:
+        behind: that network.
+    """
+
+    KEY: str  # its name in checkpoints: it tells one view from another
+
+    def __init__(self, behind: SingleNet) -> None:
+        super().__init__()
+        self.add_module(self.KEY, behind)
+
+    @property
+    def behind(self) -> SingleNet:
+        """The network behind the view."""
+        net = self.get_submodule(self.KEY)
+        assert isinstance(net, SingleNet)
+        return net
+
+    def score(self, seen: Tensor) -> Tensor:
+        return self.behind.score(seen)
+
+
+class UprightNet(ViewedNet):
     """DigitNet on digits set upright, enlarged and normalized; trained with batch normalization, 1,413,834 parameters.
 
     Writers differ in slant; what is taken out beforehand need not be learned from examples. Trained and folded, it is
@@ -173,25 +198,16 @@ class UprightNet(SingleNet):
     """
 
     VIEW = staticmethod(see_upright)
-    KEY = "digitnet"  # the name of what is behind the view, in checkpoints: it tells one view from another
+    KEY = "digitnet"
 
     def __init__(self, dropout: float = 0.2, conv_dropout: float = 0.0, batch_norm: bool = True) -> None:
-        super().__init__(dropout, conv_dropout)
-        self.add_module(self.KEY, DigitNet(dropout, conv_dropout, batch_norm))
-
-    @property
-    def behind(self) -> DigitNet:
-        """The write-up's network."""
-        net = self.get_submodule(self.KEY)
-        assert isinstance(net, DigitNet)
-        return net
-
-    def score(self, seen: Tensor) -> Tensor:
-        return self.behind.score(seen)
+        super().__init__(DigitNet(dropout, conv_dropout, batch_norm))
 
     def fold(self) -> None:
         """Make batch normalization part of the layers, in place."""
-        self.add_module(self.KEY, self.behind.fold())
+        net = self.behind
+        assert isinstance(net, DigitNet)
+        self.add_module(self.KEY, net.fold())
 
 
 class ZoomNet(UprightNet):
@@ -262,7 +278,7 @@ class ResidualBlock(nn.Module):
         return x + F.relu(self.conv(x))
 
 
-class UprightResidualNet(SingleNet):
+class UprightResidualNet(ViewedNet):
     """ResidualNet on digits set upright: 4,587,914 parameters, and the step before it has none.
 
     Args:
@@ -274,21 +290,10 @@ class UprightResidualNet(SingleNet):
     """
 
     VIEW = staticmethod(see_upright)
-    KEY = "residual"  # as of UprightNet
+    KEY = "residual"
 
     def __init__(self, dropout: float = 0.0, conv_dropout: float = 0.0) -> None:
-        super().__init__(dropout, conv_dropout)
-        self.add_module(self.KEY, ResidualNet(dropout, conv_dropout))
-
-    @property
-    def behind(self) -> ResidualNet:
-        """The network behind the view."""
-        net = self.get_submodule(self.KEY)
-        assert isinstance(net, ResidualNet)
-        return net
-
-    def score(self, seen: Tensor) -> Tensor:
-        return self.behind.score(seen)
+        super().__init__(ResidualNet(dropout, conv_dropout))
 
 
 class ZoomResidualNet(UprightResidualNet):

@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -36,7 +36,7 @@ from digitnet.cli import DigitCLI, prepare_process
 from digitnet.data import MNISTDataModule, find_data
 from digitnet.files import make_writable
 from digitnet.machine import describe_hardware, list_versions
-from digitnet.model import DigitNet, SingleNet
+from digitnet.model import DigitNet
 from digitnet.study.page import write_file
 
 COMPLAINTS = "keras.stderr"
@@ -257,7 +257,7 @@ class PlainLoop:
             if self.teacher is None:
                 logits, targets = self.net(images), labels
             else:
-                logits, targets = self.teacher.teach(cast(SingleNet, self.net), images, labels)
+                logits, targets = self.teacher.teach(self.net, images, labels)
         return F.cross_entropy(logits.float(), targets)
 
     def describe(self, steps: int) -> dict[str, Any]:
