@@ -30,17 +30,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", help="folders of recipes' seeds")
     args = parser.parse_args()
-    paths = sorted(path for folder in args.runs for path in folder.glob("seed_*/checkpoints/last.ckpt"))
-    if not paths:
-        parser.error(f"runs are {', '.join(map(str, args.runs))}: no seed_*/checkpoints/last.ckpt there; run protocol")
+    runs = sorted(path.parent for folder in args.runs for path in folder.glob("seed_*/result.json"))  # that are done
+    if not runs:
+        parser.error(f"runs are {', '.join(map(str, args.runs))}: no seed_*/result.json there; run protocol")
     digits = fetch_digits("mnist")
     images = torch.from_numpy(digits.images[CLASSIC_TEST_START:])[:, None]
     labels = torch.from_numpy(digits.labels[CLASSIC_TEST_START:])
 
     answers: list[Tensor] = []  # (10,000, 10) each
     num_parameters = []
-    for path in paths:
-        net, _ = load_net(path)
+    for run in runs:
+        net, _ = load_net(run / "checkpoints" / "last.ckpt")
         net = net.to(memory_format=torch.channels_last)
         answers.append(run_in_batches(net, images, torch.device("cpu")).softmax(dim=1))
         num_parameters.append(sum(parameter.numel() for parameter in net.parameters()))

@@ -68,12 +68,13 @@ def main() -> int:
             is_exact &= result == results[0] and result["indices"] == list(range(2, size + 2))
             table.setdefault(str(size), {})[str(processes)] = result["num_errors"]
             print(f"{size:,} images, {processes} processes: {result['num_errors']} mistakes", flush=True)
+    options = f"--checkpoint {args.checkpoint.name} --data {Path(args.data).name}"
     report = {
         "mistakes": table,
         "is_exact": is_exact,
         "hardware": describe_hardware(),
         "versions": list_versions(),
-        "command": f"python benchmarks/exact_scores.py --data {Path(args.data).name}",
+        "command": f"python benchmarks/exact_scores.py {options}",
         "date": datetime.now(UTC).date().isoformat(),
     }
     with replace_whole(args.output) as part:

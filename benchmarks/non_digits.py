@@ -46,7 +46,7 @@ def draw_letter(rng: np.random.Generator) -> np.ndarray:
 
 
 def draw_shape(rng: np.random.Generator) -> np.ndarray:
-    """A polygon, star, cross, disc, heart, grid, arrow or checkerboard, outlined or filled; no ring, no bar."""
+    """A polygon, star, cross, disc, heart, grid or checkerboard, outlined or filled; no ring, no bar."""
     centre, radius, width = 2.0 * SIDE, rng.uniform(90, 180), int(rng.uniform(16, 44))
     turn = rng.uniform(0, 2 * np.pi)
 

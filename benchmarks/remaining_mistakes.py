@@ -5,8 +5,9 @@
 
 The table has a row for each of the 10,000 test images that one of the networks or more misread: index, label, the digit
 most of those read, how many of them, and the verdict of somebody who looked at it. Rows that are missing are added with
-the verdict "not looked at yet", those of labels known to be wrong with that; verdicts already there stay. Draws the
-images, sorted by verdict, beside the table.
+the verdict "not looked at yet", those of labels known to be wrong with that; verdicts already there stay. A table with
+verdicts on images that all of these networks read right is not replaced. Draws the images, sorted by verdict, beside
+the table.
 """
 
 from __future__ import annotations
@@ -33,8 +34,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, help="the folder of a recipe's seeds")
     parser.add_argument("table", type=Path, help="CSV to write, and to read verdicts from if it is there")
+    parser.add_argument("--verdicts", type=Path, metavar="FILE.csv", help="table of other networks, to read from, too")
     args = parser.parse_args()
     seeds = sorted(args.runs.glob("seed_*/result.json"))
+    if not seeds:
+        parser.error(f"runs is {args.runs}: no seed_*/result.json there; run protocol")
     counts = Counter(index for path in seeds for index in json.loads(path.read_text())["mistakes"])
     indices = sorted(counts)
     digits = fetch_digits("mnist")
@@ -45,12 +49,22 @@ def main() -> None:
     nets = [load_net(path.parent / "checkpoints" / "last.ckpt")[0] for path in seeds]
     logits = torch.stack([run_in_batches(net, batch, torch.device("cpu")) for net in nets], dim=1)
     guesses = logits.argmax(dim=2)  # (N, seeds)
-    read = [Counter(guess for guess in row if guess != label).most_common(1)[0][0]
+    # The label itself where rounding lets every network read it after all.
+    read = [(Counter(guess for guess in row if guess != label).most_common(1) or [(label, 0)])[0][0]
             for row, label in zip(guesses.tolist(), labels.tolist(), strict=True)]  # fmt: skip
 
     known = {index: "no digit" if digit is None else "wrong label" for index, digit in KNOWN_WRONG.items()}
+    if args.verdicts:
+        known |= read_verdicts(args.verdicts)
     if args.table.is_file():
-        known |= dict(pd.read_csv(args.table)[["index", "verdict"]].itertuples(index=False))
+        given = read_verdicts(args.table)
+        others = [index for index, verdict in given.items() if verdict != VERDICTS[-1] and index not in counts]
+        if others:
+            parser.error(
+                f"{args.table} has verdicts on {len(others)} images that these networks all read, such as {others[0]}; "
+                "name another table, and this one as --verdicts"
+            )
+        known |= given
     table = pd.DataFrame(
         {
             "index": indices,
@@ -73,6 +87,11 @@ def main() -> None:
     )
     write_file(args.table.with_suffix(".png"), render(figure))
     print(table["verdict"].value_counts().to_string())
+
+
+def read_verdicts(path: Path) -> dict[int, str]:
+    """Of a table written before: verdicts by index."""
+    return dict(pd.read_csv(path)[["index", "verdict"]].itertuples(index=False))
 
 
 if __name__ == "__main__":

@@ -15,10 +15,9 @@ import asyncio
 import datetime
 import io
 import json
-import os
-import platform
 import random
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -33,6 +32,8 @@ import numpy as np
 from PIL import Image
 
 from digitnet.data import load_bundled_digits
+from digitnet.files import replace_whole
+from digitnet.machine import describe_hardware
 
 SECONDS_LIMIT = 60.0  # a conversation that lasts longer is neither answered nor closed
 SLOW_EVERY = 25  # one bad request in so many is a slow sender, who takes as long as the server lets him
@@ -237,12 +238,6 @@ async def ask_once(port: int) -> Any:
     return json.loads(body) if status == 200 else status
 
 
-def describe_hardware() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    match = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return f"{match[1] if match else platform.processor()}, {len(os.sched_getaffinity(0))} cores"
-
-
 async def measure(args: argparse.Namespace, port: int, pid: int) -> dict[str, Any]:
     before, rss = await ask_once(port), {"started": measure_rss(pid)}
     load = await measure_load(port, args.clients, args.seconds)
@@ -271,6 +266,8 @@ def main() -> None:
     with running_server(args.serve) as (port, pid):
         result = asyncio.run(measure(args, port, pid))
     options = f"--clients {args.clients} --seconds {args.seconds:g} --bad-requests {args.bad_requests}"
+    if args.serve:
+        options += f" -- {shlex.join(args.serve)}"
     report = {
         "command": f"python benchmarks/serve_load.py {options}",
         "date": datetime.date.today().isoformat(),
@@ -280,7 +277,8 @@ def main() -> None:
     }
     print(json.dumps(report, indent=1))
     if args.output:
-        args.output.write_text(json.dumps(report, indent=1) + "\n")
+        with replace_whole(args.output) as part:
+            part.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -504,7 +504,7 @@ WRONG = [
     (["fit", *ONE_CYCLE, "--trainer.max_epochs", "-1"], 1, "this training has inf; give --trainer.max_epochs"),
     (["fit", "--ckpt_path"], 2, "--ckpt_path: expected one argument"),
     (["fit", "--ckpt_path", "last"], 1, "no run has a checkpoints/last.ckpt"),
-    (["fit", "--ckpt_path", "nowhere.ckpt"], 1, 'ckpt_path is "nowhere.ckpt": no such file'),
+    (["fit", "--ckpt_path", "nowhere.ckpt"], 1, '"nowhere.ckpt": no such file; give the path of a checkpoint'),
     (["fit", "--ckpt_path", "weights.ckpt"], 1, "weights.ckpt holds weights only; to go on with training, give a last"),
     (["fit", "--trainer.logger.save_dir", "a_file"], 1, "cannot write to a_file"),
     (["test"], 1, "train one first: python -m digitnet fit --config configs/final.yaml"),

@@ -181,11 +181,11 @@ def test_a_folded_net_is_a_plain_one_of_the_same_values() -> None:
         F.cross_entropy(net(torch.rand(40, 1, 28, 28)), torch.randint(10, (40,))).backward()
         optimizer.step()
     images = torch.rand(5, 1, 28, 28)
-    folded = net.eval().fold()
+    folded = net.eval().folded()
     assert folded.state_dict().keys() == DigitNet().state_dict().keys()
     assert (net(images) - DigitNet().eval()(images)).abs().max() > 0.1
     torch.testing.assert_close(folded(images), net(images), rtol=1e-4, atol=1e-5)
-    assert torch.equal(folded.fold()(images), folded(images))
+    assert torch.equal(folded.folded()(images), folded(images))
 
 
 @pytest.mark.parametrize(("architecture", "part"), [("upright", "digitnet"), ("zoom", "zoomed")])

@@ -97,7 +97,7 @@ class RandomAffine(v2.Transform):
         if not 0 <= shift_frac <= 1:
             raise ValueError(f"shift_frac is {shift_frac}; it is the largest shift as a fraction, from 0 to 1")
         if not 0 <= scale_frac < 1:
-            raise ValueError(f"scale_frac is {scale_frac}; it is the largest change of size as a fraction, from 0 to 1")
+            raise ValueError(f"scale_frac is {scale_frac}; it is the largest change of size as a fraction, in [0, 1)")
         self.rotation_deg = rotation_deg
         self.shift_frac = shift_frac
         self.scale_frac = scale_frac

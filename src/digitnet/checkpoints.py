@@ -1,4 +1,7 @@
-"""Where the checkpoints of runs lie, whether a file is one, and how to write one. Without Lightning, slow to import."""
+"""Where the checkpoints of runs lie, whether a file is one, and how to write one.
+
+Imports no Lightning, which takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -30,12 +33,14 @@ FIT_HINT = "python -m digitnet fit --config configs/final.yaml"
 
 
 def find_newest(filename: str, log_dir: Path = LOG_DIR) -> Path:
-    """The most recently written ``<run>/checkpoints/<filename>`` under a log folder.
+    """The most recently written ``<run>/checkpoints/<filename>`` under a log folder, but for a study's finished runs.
 
     Raises:
         FileNotFoundError: when there is none.
     """
-    found = list(log_dir.glob(f"**/checkpoints/{filename}"))
+    found = [
+        path for path in log_dir.glob(f"**/checkpoints/{filename}") if not (path.parents[1] / "result.json").exists()
+    ]
     if not found:
         raise FileNotFoundError(
             f"no run has a checkpoints/{filename} under {log_dir}/ yet; train one first: {FIT_HINT}"
@@ -70,7 +75,7 @@ def verify_checkpoint(path: Path, to_resume: bool = False) -> dict[str, Any]:
             where more is needed.
     """
     if not path.is_file():
-        raise ValueError(f'ckpt_path is "{path}": no such file; give the path of a .ckpt, or leave it out')
+        raise ValueError(f'"{path}": no such file; give the path of a checkpoint, a .ckpt')
     try:
         # PyTorch's own reader leaves the checksums alone; a file of its older formats has none.
         if zipfile.is_zipfile(path):

@@ -106,6 +106,9 @@ class DigitCLI(LightningCLI):
 
     Args:
         args: the subcommand (fit, validate or test) and its flags.
+
+    Raises:
+        ValueError, OSError: a setting, a file or the data is wrong; one line says which and what to do.
     """
 
     def __init__(self, args: list[str]) -> None:
@@ -115,29 +118,32 @@ class DigitCLI(LightningCLI):
         self.run_dir: Path | None = None  # of the checkpoint, when it lies in a run's folder
         self.trained_on: dict[str, Any] = {}  # the checkpoint's data
         self.stop = StopCleanly()
-        super().__init__(
-            DigitClassifier,
-            MNISTDataModule,
-            args=args,
-            parser_class=DigitParser,
-            auto_configure_optimizers=False,
-            save_config_callback=SaveConfig,
-            save_config_kwargs={"save_to_log_dir": False},
-            seed_everything_default=42,
-            trainer_defaults={
-                "max_epochs": 200,
-                "num_sanity_val_steps": 0,
-                "enable_autolog_hparams": False,  # HyperparameterSummary logs more of them
-                "logger": {
-                    "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
-                    "init_args": {"save_dir": str(LOG_DIR), "name": "digitnet", "default_hp_metric": False},
+        try:
+            super().__init__(
+                DigitClassifier,
+                MNISTDataModule,
+                args=args,
+                parser_class=DigitParser,
+                auto_configure_optimizers=False,
+                save_config_callback=SaveConfig,
+                save_config_kwargs={"save_to_log_dir": False},
+                seed_everything_default=42,
+                trainer_defaults={
+                    "max_epochs": 200,
+                    "num_sanity_val_steps": 0,
+                    "enable_autolog_hparams": False,  # HyperparameterSummary logs more of them
+                    "logger": {
+                        "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+                        "init_args": {"save_dir": str(LOG_DIR), "name": "digitnet", "default_hp_metric": False},
+                    },
                 },
-            },
-            parser_kwargs={
-                "formatter_class": HelpFormatter,
-                args[0]: {"description": DESCRIPTIONS[args[0]], "usage": USAGE.format(args[0])},
-            },
-        )
+                parser_kwargs={
+                    "formatter_class": HelpFormatter,
+                    args[0]: {"description": DESCRIPTIONS[args[0]], "usage": USAGE.format(args[0])},
+                },
+            )
+        except MisconfigurationException as error:  # how Lightning refuses what this machine has not, such as a GPU
+            raise ValueError(str(error)) from error
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(RunEarlyStopping, "early_stopping")
@@ -422,10 +428,7 @@ def main(args: list[str]) -> DigitCLI:
         ValueError, OSError: a setting, a file or the data is wrong; one line says which and what to do.
     """
     prepare_process()
-    try:
-        cli = DigitCLI(args)
-    except MisconfigurationException as error:
-        raise ValueError(str(error)) from error
+    cli = DigitCLI(args)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         # Gloo's threads can abort a process that ends before they do (github.com/pytorch/pytorch/pull/179291).
         torch.distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""How many processor cores there are to work with. Without torch, slow to import."""
+"""How many processor cores there are to work with. Imports no torch, which takes seconds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DigitNet, the write-up's network; ResidualNet, of three times its size; and each on digits set upright."""
+"""DigitNet, the write-up's network; ResidualNet, of three times its size; each on digits set upright, or from near."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class DigitNet(SingleNet):
         return F.relu(self.norms[name](x) if name in self.norms else x)
 
     @torch.no_grad()
-    def fold(self) -> DigitNet:
+    def folded(self) -> DigitNet:
         """This network without batch normalization: a plain one of the same values when scoring."""
         folded = DigitNet(self.dropout.p, self.conv_dropout.p)
         state = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("norms.")}
@@ -207,7 +207,7 @@ class UprightNet(ViewedNet):
         """Make batch normalization part of the layers, in place."""
         net = self.behind
         assert isinstance(net, DigitNet)
-        self.add_module(self.KEY, net.fold())
+        self.add_module(self.KEY, net.folded())
 
 
 class ZoomNet(UprightNet):

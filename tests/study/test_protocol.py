@@ -108,6 +108,12 @@ def test_trains_each_seed_once_and_scores_its_last_epoch(
         assert result["mistakes"] == wrong
         assert result["num_parameters"] == 1_413_834
     assert results[0]["mistakes"] != results[1]["mistakes"]
+    assert [result["precision"] for result in results] == ["32-true", "32-true"]
+    assert ", 32-true, torch " in table.read_text()
+
+    # A run that was stopped is the newest that can be gone on with: these have ended.
+    assert digitnet("fit", "--ckpt_path", "last") == 1
+    assert "no run has a checkpoints/last.ckpt" in capsys.readouterr().err
 
     # Killed after its last epoch, while last.ckpt was written by an older tool: the epoch before is gone on with.
     last = runs[0] / "checkpoints" / "last.ckpt"
@@ -195,11 +201,14 @@ def test_a_hold_out_of_the_training_images_is_scored_in_place_of_the_test_images
         ({"class_path": "OneCycleLR", "init_args": {"epochs": 3, "steps_per_epoch": 9}}, 1, ["steps_per_epoch=4"]),
         ({"class_path": "OneCycleLR", "init_args": {"epochs": 3, "steps_per_epoch": 3}}, 3, ["steps_per_epoch=2"]),
         ({"class_path": "OneCycleLR", "init_args": {"total_steps": 27}}, 1, ["total_steps=12"]),
+        ({"class_path": "OneCycleLR", "init_args": {"total_steps": 35}}, 1, ["total_steps=16"]),  # it never ends
+        ({"class_path": "CyclicLR", "init_args": {"step_size_up": 18, "step_size_down": None}}, 1, ["step_size_up=8"]),
     ],
 )
 def test_a_schedule_is_shortened_as_the_training_is(
-    schedule: dict[str, Any] | None, accumulated: int, flags: list[str]
+    monkeypatch: pytest.MonkeyPatch, schedule: dict[str, Any] | None, accumulated: int, flags: list[str]
 ) -> None:
+    monkeypatch.setattr(module, "SPLIT", (270, 10, 10))  # 9 batches of 30, and 4 of 100 images
     trainer = {"max_epochs": 3, "accumulate_grad_batches": accumulated}
     settings = {"model": {"lr_scheduler": schedule}, "data": {"batch_size": 30}, "trainer": trainer}
     assert shorten_schedule(settings, 100) == [f"--model.lr_scheduler.{flag}" for flag in flags]
@@ -217,9 +226,8 @@ def test_a_run_that_ended_early_is_refused(
     digitnet: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(module, "SPLIT", (1597, 100, 100))
-    (tmp_path / "mine.yaml").write_text(
-        CONFIG.replace("max_epochs: 2", "max_epochs: 3") + "early_stopping: {stopping_threshold: 0.001}\n"
-    )
+    stop = "{class_path: EarlyStopping, init_args: {monitor: val/acc, mode: max, stopping_threshold: 0.001}}"
+    (tmp_path / "mine.yaml").write_text(CONFIG.replace("max_epochs: 2", f"max_epochs: 3, callbacks: {stop}"))
     assert digitnet("protocol", "mine.yaml", "--seeds", 1) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert "ended after 1 of 3 epochs; its figure is not fixed" in error
@@ -234,6 +242,16 @@ def test_a_training_that_is_cut_short_is_refused(
     (tmp_path / "mine.yaml").write_text(CONFIG.replace("max_epochs: 2", f"max_epochs: 2, {cut}"))
     assert digitnet("protocol", "mine.yaml", "--seeds", 1) == 1
     assert f"mine.yaml has trainer.{cut.replace(':', '')}" in capsys.readouterr().err
+    assert not (tmp_path / "lightning_logs").exists()
+
+
+@pytest.mark.parametrize("end", ["stopping_threshold: 0.99", "divergence_threshold: 0.0"])
+def test_a_training_that_may_end_by_itself_is_refused(
+    digitnet: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], end: str
+) -> None:
+    (tmp_path / "mine.yaml").write_text(CONFIG + f"early_stopping: {{{end}}}\n")
+    assert digitnet("protocol", "mine.yaml", "--seeds", 1) == 1
+    assert f"mine.yaml has early_stopping.{end.replace(':', '')}, which ends a training" in capsys.readouterr().err
     assert not (tmp_path / "lightning_logs").exists()
 
 

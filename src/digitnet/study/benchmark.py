@@ -38,6 +38,7 @@ from digitnet.files import make_writable
 from digitnet.machine import describe_hardware, list_versions
 from digitnet.model import DigitNet
 from digitnet.study.page import write_file
+from digitnet.winograd import MIN_BATCH
 
 COMPLAINTS = "keras.stderr"
 PARTS = ("data", "augmentation", "selection", "forward", "backward", "optimizer")
@@ -239,8 +240,7 @@ class PlainLoop:
             if self.augmentation is not None:
                 images = self.augmentation(images)
             mark("augmentation")
-            if self.selection is not None:
-                images, labels = self.selection(images, labels)
+            images, labels = self.select(images, labels)
             mark("selection")
             loss = self.compute_loss(images, labels)
             mark("forward")
@@ -252,8 +252,17 @@ class PlainLoop:
         synchronize(self.device)
         return time.perf_counter() - start
 
+    def in_precision(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+    def select(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        if self.selection is None:
+            return images, labels
+        with self.in_precision():
+            return self.selection(images, labels)
+
     def compute_loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+        with self.in_precision():
             if self.teacher is None:
                 logits, targets = self.net(images), labels
             else:
@@ -274,15 +283,18 @@ class PlainLoop:
 
         self.train(steps, mark)
         images, labels = (part[: self.batch_size] for part in (self.dataset.images, self.dataset.labels))
-        self.net.eval()  # counted as plain sums: Winograd's way of training takes fewer
-        with FlopCounterMode(display=False) as counter:
-            if self.selection is not None:
-                images, labels = self.selection(images, labels)
-            self.compute_loss(images, labels).backward()
+        with FlopCounterMode(display=False) as selecting:
+            images, labels = self.select(images, labels)
+        # Counted as plain sums, of which Winograd's way takes fewer: not in training, nor with so few to score.
+        self.net.eval()
+        few = min(len(images), MIN_BATCH - 1)
+        with FlopCounterMode(display=False) as learning:
+            self.compute_loss(images[:few], labels[:few]).backward()
         self.net.train()
+        flop = selecting.get_total_flops() + learning.get_total_flops() * len(images) / few
         return {
             "step_ms": {part: median(values) for part, values in times.items()},
-            "flop_per_image": counter.get_total_flops() / self.batch_size,
+            "flop_per_image": flop / self.batch_size,
         }
 
 

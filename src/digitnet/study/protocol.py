@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import Tensor
 
 from digitnet.checkpoints import choose_resumable, find_run, load_net, verify_checkpoint
@@ -36,6 +37,8 @@ CUTS: dict[str, Callable[[Any], bool]] = {  # the trainer's: with such a value n
     "max_steps": lambda steps: steps != -1,
     "max_time": bool,
 }
+ENDS = ("stopping_threshold", "divergence_threshold")  # of early stopping: with them a training may end by itself
+COUNTS_STEPS = ("steps_per_epoch", "total_steps", "step_size_up", "step_size_down")  # of OneCycleLR and CyclicLR
 SHIFTS = [(0, 0), (1, 0), (-1, 0), (0, 1), (0, -1)]  # of the image, in pixels down and to the right
 
 
@@ -99,7 +102,7 @@ def protocol(
         output: where the runs and the table, <config>-<part of its digest>.md, are kept.
 
     Raises:
-        ValueError: the config cannot be used, stops by itself or changes between seeds, or a result is damaged.
+        ValueError: the config cannot be used, may end early or changes between seeds, or a result is damaged.
         OSError: there is no such config, or the data cannot be had.
     """
     if seeds < 1:
@@ -114,6 +117,9 @@ def protocol(
     for name, cuts in CUTS.items():
         if cuts(value := settings["trainer"][name]):
             raise ValueError(f"{config} has trainer.{name} {value}, which cuts a training short; leave it out")
+    for name in ENDS:
+        if (value := settings["early_stopping"][name]) is not None:
+            raise ValueError(f"{config} has early_stopping.{name} {value}, which ends a training; leave it out")
     split, flags, suffix = SPLIT, list(row.flags), ""
     if holdout:
         split, suffix = (SPLIT[0] - holdout, holdout, sum(SPLIT[1:])), f"-holdout_{holdout}"
@@ -160,12 +166,16 @@ def write_table(recipe: Path, config: Path, holdout: int) -> str:
 
 
 def shorten_schedule(settings: dict[str, Any], num_images: int) -> list[str]:
-    """Flags of ``fit`` that make a schedule which counts steps end with a training on so many images."""
+    """Flags of ``fit`` that make a schedule which counts steps as much shorter as a training on so many images is."""
     given = (settings["model"]["lr_scheduler"] or {}).get("init_args", {})
-    batches = math.ceil(num_images / settings["data"]["batch_size"])
-    steps = math.ceil(batches / (settings["trainer"]["accumulate_grad_batches"] or 1))
-    lengths = {"steps_per_epoch": steps, "total_steps": steps * settings["trainer"]["max_epochs"]}
-    return [f"--model.lr_scheduler.{name}={length}" for name, length in lengths.items() if given.get(name)]
+
+    def count_steps(images: int) -> int:
+        batches = math.ceil(images / settings["data"]["batch_size"])
+        return math.ceil(batches / (settings["trainer"]["accumulate_grad_batches"] or 1))
+
+    steps, all_steps = count_steps(num_images), count_steps(SPLIT[0])  # of an epoch
+    lengths = {name: math.ceil(given[name] * steps / all_steps) for name in COUNTS_STEPS if given.get(name)}
+    return [f"--model.lr_scheduler.{name}={length}" for name, length in lengths.items()]
 
 
 def train(flags: list[str], seed: int, run: Path, num_epochs: int) -> None:
@@ -221,6 +231,7 @@ def score(run: Path, seed: int, num_epochs: int, module: MNISTDataModule, holdou
         "mistakes_shifted": [first + place for place in averaged],
         **({"loss": float(losses.mean()), "loss_odd": float(losses[is_odd].mean())} if holdout else {}),
         "train_s": measure_seconds(run),
+        "precision": yaml.safe_load((run / "hparams.yaml").read_text())["precision"],  # as it was trained
         "hardware": describe_hardware(),
         "versions": list_versions(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -277,6 +288,12 @@ def load_result(path: Path, holdout: int = 0) -> Result:
     return result
 
 
+def describe_circumstances(result: Result) -> str:
+    """On what, how and when a seed was trained and scored; the first results did not say the precision."""
+    precision = [result["precision"]] if "precision" in result else []
+    return ", ".join([result["hardware"], *precision, f"torch {result['versions']['torch']}", result["date"][:10]])
+
+
 def render_table(config: Path, results: list[Result], holdout: int = 0) -> str:
     """The Markdown page of all seeds, in order."""
     first = results[0]
@@ -293,7 +310,7 @@ def render_table(config: Path, results: list[Result], holdout: int = 0) -> str:
     rows = [["seed", *(column.title for column in columns)], *zip(*cells, strict=True), summary]
     lines = [f"| {' | '.join(row)} |" for row in rows]
     lines.insert(1, f"|{'---:|' * len(cells)}")
-    machines = sorted({f"{one['hardware']}, torch {one['versions']['torch']}, {one['date'][:10]}" for one in results})
+    machines = sorted({describe_circumstances(result) for result in results})
     trained, scored = f"all {SPLIT[0]:,} training images", "scored at the last epoch, once per seed"
     asked = f"python -m digitnet protocol {config} --seeds {max(one['seed'] for one in results) - FIRST_SEED + 1}"
     if holdout:
