@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from digitnet.checkpoints import save_checkpoint, verify_checkpoint
+from digitnet.checkpoints import find_folder, save_checkpoint, verify_checkpoint
 from digitnet.data import fetch_digits
 from digitnet.files import replace_whole
 from digitnet.machine import describe_hardware, list_versions
@@ -39,8 +39,9 @@ def score(folder: Path, size: int, processes: int) -> dict[str, Any]:
     strategy = ["--trainer.strategy", "ddp"] if processes > 1 else []
     command = [sys.executable, "-m", "digitnet", "test", *flags, *strategy]
     subprocess.run(command, cwd=folder, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    rows = list(csv.DictReader((folder / "report" / "predictions.csv").read_text().splitlines()))
-    metrics = json.loads((folder / "report" / "metrics.json").read_text())
+    report = find_folder(folder / "model.ckpt", "report")
+    rows = list(csv.DictReader((report / "predictions.csv").read_text().splitlines()))
+    metrics = json.loads((report / "metrics.json").read_text())
     return {
         "num_images": metrics["num_images"],
         "num_errors": metrics["num_errors"],

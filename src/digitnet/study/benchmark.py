@@ -285,7 +285,7 @@ class PlainLoop:
         images, labels = (part[: self.batch_size] for part in (self.dataset.images, self.dataset.labels))
         with FlopCounterMode(display=False) as selecting:
             images, labels = self.select(images, labels)
-        # Counted as plain sums, of which Winograd's way takes fewer: not in training, nor with so few to score.
+        # Counted as plain sums: Winograd's way takes fewer, but not in evaluation mode, nor to score so few.
         self.net.eval()
         few = min(len(images), MIN_BATCH - 1)
         with FlopCounterMode(display=False) as learning:
