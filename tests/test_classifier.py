@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from copy import deepcopy
 from pathlib import Path
+from typing import cast
 
 import lightning as L
 import pytest
@@ -15,6 +16,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from digitnet.checkpoints import verify_checkpoint
 from digitnet.classifier import DigitClassifier
+from digitnet.distillation import Teacher
+from digitnet.model import Committee
 from digitnet.selection import HardExamples
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -50,6 +53,36 @@ def test_the_summary_counts_what_an_image_costs() -> None:
     summary = ModelSummary(DigitClassifier())
     assert summary.total_flops == 2 * (convolutions + 2304 * 128 + 128 * 64 + 64 * 10)
     assert summary.total_parameters == 1_413_834
+
+
+def test_columns_learn_each_by_itself_and_answer_as_one() -> None:
+    torch.manual_seed(0)
+    module = DigitClassifier(columns=2, dropout=0.0)
+    net = module.net
+    assert isinstance(net, Committee)
+    images, labels = torch.randint(256, (6, 1, 28, 28), dtype=torch.uint8), torch.arange(6)
+    module.training_step((images, labels), 0).backward()
+    losses = []
+    for column in net.members:
+        alone = deepcopy(column)
+        alone.zero_grad()
+        losses.append(F.cross_entropy(alone(images), labels))
+        losses[-1].backward()
+        for mine, its in zip(column.parameters(), alone.parameters(), strict=True):
+            assert mine.grad is not None
+            assert its.grad is not None
+            torch.testing.assert_close(mine.grad, its.grad / 2, rtol=1e-3, atol=1e-6)
+    assert losses[0] != losses[1]  # they began with weights of their own
+    assert module.get_metric("train/loss").compute().item() == pytest.approx(sum(losses).item() / 2, rel=1e-5)  # type: ignore[union-attr]
+    mean = torch.stack([column(images).softmax(dim=1) for column in net.eval().members]).mean(dim=0)
+    torch.testing.assert_close(net(images).softmax(dim=1), mean)
+
+
+def test_columns_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match="columns is 0; it must be 1 or more"):
+        DigitClassifier(columns=0)
+    with pytest.raises(ValueError, match="columns is 2; it must be 1, as a teacher teaches one network"):
+        DigitClassifier(columns=2, teacher=cast(Teacher, object()))
 
 
 def test_default_optimizer_is_keras_adam() -> None:

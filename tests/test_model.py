@@ -289,6 +289,32 @@ def test_a_residual_net_is_trained_scored_and_gone_on_with(
     assert torch.load(last, weights_only=True)["epoch"] == 2
 
 
+def test_columns_are_trained_scored_and_gone_on_with(
+    digitnet: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--model.architecture=zoom", "--model.columns=2", *SHORT)
+    average = "--trainer.callbacks+=digitnet.callbacks.AverageWeights"
+    assert digitnet("fit", "--config", QUICKSTART, *flags, average) == 0
+    run = tmp_path / "lightning_logs" / "quickstart" / "version_0"
+    path, last = run / "checkpoints" / "best.ckpt", run / "checkpoints" / "last.ckpt"
+    net = load_net(path)[0]
+    assert isinstance(net, Committee)
+    assert [type(column) for column in net.members] == [ZoomNet, ZoomNet]
+    assert digitnet("test") == 0
+    digits = load_bundled_digits()
+    with torch.no_grad():
+        images = torch.from_numpy(digits.images[-180:])[:, None]
+        mean = torch.stack([column(images).softmax(dim=1) for column in net.members]).mean(dim=0)
+    scored = json.loads((run / "report" / "metrics.json").read_text())
+    assert scored["num_errors"] == (mean.argmax(dim=1).numpy() != digits.labels[-180:]).sum()
+
+    go_on = ("fit", "--ckpt_path", last, "--trainer.max_epochs=3")
+    assert digitnet(*go_on, "--model.columns=1") == 1
+    assert "last.ckpt holds another architecture than zoom (columns 1); to go on" in capsys.readouterr().err
+    assert digitnet(*go_on) == 0
+    assert torch.load(last, weights_only=True)["epoch"] == 2
+
+
 def test_a_committee_of_residual_nets_counts_its_parameters(
     digitnet: Run, trained_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

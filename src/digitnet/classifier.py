@@ -19,7 +19,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from digitnet.checkpoints import is_of_architecture, make_net
 from digitnet.distillation import Teacher
-from digitnet.model import ARCHITECTURES, Network
+from digitnet.model import ARCHITECTURES, Committee, Network
 from digitnet.selection import HardExamples
 
 Batch = tuple[Tensor, Tensor]
@@ -49,9 +49,11 @@ class DigitClassifier(L.LightningModule):
             then towards that. The labels by default.
         channels_last: keep the weights in channels-last memory format, which the images then follow. By default, where
             it is the faster one: on CPU and CUDA.
+        columns: how many networks of that architecture are trained at once, each by itself, and answer as one, with the
+            mean of their probabilities (digitnet.model.Committee). More than one do not go with a teacher.
 
     Raises:
-        ValueError: when there is no such architecture, or a probability lies outside [0, 1).
+        ValueError: when there is no such architecture, a probability lies outside [0, 1), or ``columns`` is below 1.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class DigitClassifier(L.LightningModule):
         selection: HardExamples | None = None,
         teacher: Teacher | None = None,
         channels_last: bool | None = None,
+        columns: int = 1,
     ) -> None:
         super().__init__()
         # Functions and objects cannot be stored in a checkpoint that is safe to load; the run's config.yaml names them.
@@ -79,7 +82,11 @@ class DigitClassifier(L.LightningModule):
         self.validated_epoch = -1  # the last one that was
         if architecture not in ARCHITECTURES:
             raise ValueError(f"architecture is {architecture}; there are {', '.join(ARCHITECTURES)}")
-        self.net: Network = ARCHITECTURES[architecture](dropout, conv_dropout)
+        if columns < 1 or (columns > 1 and teacher is not None):
+            allowed = "1, as a teacher teaches one network" if teacher is not None else "1 or more"
+            raise ValueError(f"columns is {columns}; it must be {allowed}")
+        members = [ARCHITECTURES[architecture](dropout, conv_dropout) for _ in range(columns)]
+        self.net: Network = Committee(members) if columns > 1 else members[0]
         # For the sizes and FLOPs of Lightning's summary.
         self.example_input_array = torch.zeros(1, 1, 28, 28, dtype=torch.uint8)
         self.metrics = nn.ModuleDict()
@@ -134,7 +141,8 @@ class DigitClassifier(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, labels = batch if self.selection is None else self.selection(*batch)
         if self.teacher is None:
-            return self._score("train", self(images), labels)[0]
+            logits = self(images)  # of each column
+            return self._score("train", logits, labels.repeat(len(logits) // len(labels)))[0]
         logits, targets = self.teacher.teach(self.net, images, labels)
         return self._score("train", logits, labels, targets)[0]
 

@@ -306,9 +306,11 @@ class DigitCLI(LightningCLI):
         if self.checkpoint:
             stored = verify_checkpoint(self.checkpoint)
             if not is_of_architecture(stored, model.net):
+                wanted = f"{model.hparams['architecture']} (columns {model.hparams['columns']})"
                 raise ValueError(
-                    f"{self.checkpoint} holds another architecture than {model.hparams['architecture']}; to go on with "
-                    "it, leave model.architecture out, or the config that names it; to train anew, the checkpoint"
+                    f"{self.checkpoint} holds another architecture than {wanted}; to go on with it, leave "
+                    "model.architecture and model.columns out, or the config that names them; to train anew, the "
+                    "checkpoint"
                 )
             first_step = stored["global_step"]
             del stored  # weights, averages and moments would stay for the whole training

@@ -306,6 +306,11 @@ class ZoomResidualNet(UprightResidualNet):
 class Committee(nn.Module):
     """Several networks as one, whose probabilities are the mean of theirs.
 
+    Trained apart and put together, or trained at once, as the columns of one network; each then learns by itself.
+
+    Source: Ciresan, Meier and Schmidhuber 2012, Multi-column Deep Neural Networks for Image Classification, arXiv
+    1202.2745.
+
     Args:
         members: the networks, one or more.
     """
@@ -315,7 +320,12 @@ class Committee(nn.Module):
         self.members = nn.ModuleList(members)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, 10) of images (B, 1, 28, 28): logarithms of the mean probabilities."""
+        """Logits (B, 10) of images (B, 1, 28, 28): logarithms of the mean probabilities.
+
+        In training, logits (M * B, 10): those of the first of M members, then of the next, and so on.
+        """
+        if self.training:
+            return torch.cat([member(images) for member in self.members])
         log_probabilities = torch.stack([member(images).log_softmax(dim=1) for member in self.members])  # (M, B, 10)
         return log_probabilities.logsumexp(dim=0) - math.log(len(self.members))
 
