@@ -13,7 +13,7 @@ from torch import Tensor
 from digitnet.calibrate import choose_threshold, fit_calibration, fit_temperature
 from digitnet.calibration import CalibratedNet, Calibration, Detector
 from digitnet.data import DigitDataset, Digits, load_bundled_digits
-from digitnet.model import DigitNet
+from digitnet.model import Committee, DigitNet
 from digitnet.near_misses import blur, draw_letters, draw_noise, draw_polygons, draw_strokes, make_near_misses, place
 from digitnet.tallies import bin_reliability
 
@@ -101,6 +101,14 @@ def test_the_detectors_score_is_the_odds_of_its_eleventh_class() -> None:
         probability = detector.classify(images).softmax(dim=1)[:, 10]
         torch.testing.assert_close(detector(images), torch.log(probability / (1 - probability)))
         torch.testing.assert_close(detector((images * 255).byte()), detector((images * 255).byte() / 255))
+
+
+def test_logarithms_of_mean_probabilities_have_no_doubt_to_count(
+    parts: tuple[DigitNet, DigitDataset, DigitDataset, Digits],
+) -> None:
+    net, train, val, _ = parts
+    assert fit_calibration(net, train, val, 20).energy_weight > 0
+    assert fit_calibration(Committee([net, DigitNet()]), train, val, 20).energy_weight == 0
 
 
 def test_the_networks_doubt_counts_beside_the_detectors_score() -> None:

@@ -71,7 +71,7 @@ def test_columns_learn_each_by_itself_and_answer_as_one() -> None:
         for mine, its in zip(column.parameters(), alone.parameters(), strict=True):
             assert mine.grad is not None
             assert its.grad is not None
-            torch.testing.assert_close(mine.grad, its.grad / 2, rtol=1e-3, atol=1e-6)
+            torch.testing.assert_close(mine.grad, its.grad, rtol=1e-3, atol=1e-6)
     assert losses[0] != losses[1]  # they began with weights of their own
     assert module.get_metric("train/loss").compute().item() == pytest.approx(sum(losses).item() / 2, rel=1e-5)  # type: ignore[union-attr]
     mean = torch.stack([column(images).softmax(dim=1) for column in net.eval().members]).mean(dim=0)
@@ -79,8 +79,10 @@ def test_columns_learn_each_by_itself_and_answer_as_one() -> None:
 
 
 def test_columns_that_cannot_be_are_refused() -> None:
-    with pytest.raises(ValueError, match="columns is 0; it must be 1 or more"):
+    with pytest.raises(ValueError, match="columns is 0; it must be from 1 to 10"):
         DigitClassifier(columns=0)
+    with pytest.raises(ValueError, match="columns is 1000000; it must be from 1 to 10"):
+        DigitClassifier(columns=1_000_000)
     with pytest.raises(ValueError, match="columns is 2; it must be 1, as a teacher teaches one network"):
         DigitClassifier(columns=2, teacher=cast(Teacher, object()))
 

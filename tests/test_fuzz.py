@@ -92,6 +92,7 @@ KEYS = [
     "data.split", "data.batch_size", "data.eval_batch_size", "data.source", "data.data_dir", "data.augmentation",
     "data.augmentation.rotation_deg", "data.augmentation.shift_frac", "model.dropout", "model.conv_dropout",
     "model.optimizer", "model.optimizer.lr", "model.optimizer.betas", "model.lr_scheduler", "model.channels_last",
+    "model.columns",
     "trainer.max_epochs", "trainer.precision", "trainer.accelerator", "trainer.callbacks", "trainer.logger",
     "trainer.limit_train_batches", "trainer.check_val_every_n_epoch", "trainer.accumulate_grad_batches",
     "trainer.devices", "trainer.strategy", "trainer.gradient_clip_val",

@@ -16,7 +16,7 @@ from digitnet.augment import RandomAffine
 from digitnet.calibration import MIN_CONFIDENCE, Calibration, Detector
 from digitnet.data import DigitDataset
 from digitnet.machine import choose_precision
-from digitnet.model import Network, run_in_batches
+from digitnet.model import Committee, Network, run_in_batches
 from digitnet.near_misses import blur, make_near_misses
 
 TARGET_ACCURACY = 0.999  # of the answers that are not called uncertain
@@ -55,7 +55,8 @@ def fit_calibration(
             torch.manual_seed(seed)
             generator = torch.Generator().manual_seed(seed)
             calibration.detector = fit_detector(train.images[picks], train.labels[picks], device, generator)
-        calibration.energy_weight.fill_(ENERGY_WEIGHT)
+        # Logarithms of mean probabilities have no energy to tell.
+        calibration.energy_weight.fill_(0.0 if isinstance(net, Committee) else ENERGY_WEIGHT)
         fit_max_score(calibration, logits, val.images, device)
     return calibration.cpu().eval()
 

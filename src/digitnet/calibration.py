@@ -5,6 +5,9 @@ A checkpoint carries a calibration; ``calibrate.py`` fits it.
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -86,6 +89,18 @@ class Calibration(nn.Module):
         if state is not None:
             calibration.load_state_dict(state)
         return calibration.eval()
+
+
+def read_calibration(checkpoint: dict[str, Any], path: Path) -> Calibration:
+    """The calibration that a checkpoint, read from ``path``, holds; the one that changes nothing where it holds none.
+
+    Raises:
+        ValueError: it is of another version.
+    """
+    try:
+        return Calibration.from_state(checkpoint.get("calibration"))
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: its calibration is of another version of digitnet; fit again") from error
 
 
 class CalibratedNet(nn.Module):

@@ -23,6 +23,7 @@ from digitnet.model import ARCHITECTURES, Committee, Network
 from digitnet.selection import HardExamples
 
 Batch = tuple[Tensor, Tensor]
+MAX_COLUMNS = 10
 METRICS = ("train/loss", "train/acc", "val/loss", "val/acc")  # of each epoch
 
 
@@ -50,10 +51,13 @@ class DigitClassifier(L.LightningModule):
         channels_last: keep the weights in channels-last memory format, which the images then follow. By default, where
             it is the faster one: on CPU and CUDA.
         columns: how many networks of that architecture are trained at once, each by itself, and answer as one, with the
-            mean of their probabilities (digitnet.model.Committee). More than one do not go with a teacher.
+            mean of their probabilities (digitnet.model.Committee). Loss and accuracy in training are then means over
+            the single columns; gradients that are clipped by their norm are so all together. More than one do not go
+            with a teacher.
 
     Raises:
-        ValueError: when there is no such architecture, a probability lies outside [0, 1), or ``columns`` is below 1.
+        ValueError: when there is no such architecture, a probability lies outside [0, 1), ``columns`` lies outside
+            [1, 10], or there is a teacher and more than one.
     """
 
     def __init__(
@@ -82,9 +86,10 @@ class DigitClassifier(L.LightningModule):
         self.validated_epoch = -1  # the last one that was
         if architecture not in ARCHITECTURES:
             raise ValueError(f"architecture is {architecture}; there are {', '.join(ARCHITECTURES)}")
-        if columns < 1 or (columns > 1 and teacher is not None):
-            allowed = "1, as a teacher teaches one network" if teacher is not None else "1 or more"
-            raise ValueError(f"columns is {columns}; it must be {allowed}")
+        if not 1 <= columns <= MAX_COLUMNS:
+            raise ValueError(f"columns is {columns}; it must be from 1 to {MAX_COLUMNS}")
+        if columns > 1 and teacher is not None:
+            raise ValueError(f"columns is {columns}; it must be 1, as a teacher teaches one network")
         members = [ARCHITECTURES[architecture](dropout, conv_dropout) for _ in range(columns)]
         self.net: Network = Committee(members) if columns > 1 else members[0]
         # For the sizes and FLOPs of Lightning's summary.
@@ -107,7 +112,7 @@ class DigitClassifier(L.LightningModule):
         return duplicate
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, 10) of images (B, 1, 28, 28), uint8 in [0, 255] or float in [0, 1]."""
+        """Logits (B, 10) of images (B, 1, 28, 28), uint8 in [0, 255] or float in [0, 1]; see Committee for columns."""
         return self.net(images)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -141,8 +146,9 @@ class DigitClassifier(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, labels = batch if self.selection is None else self.selection(*batch)
         if self.teacher is None:
-            logits = self(images)  # of each column
-            return self._score("train", logits, labels.repeat(len(logits) // len(labels)))[0]
+            logits = self(images)
+            columns = len(logits) // len(labels)
+            return columns * self._score("train", logits, labels.repeat(columns))[0]  # each gets all of its gradient
         logits, targets = self.teacher.teach(self.net, images, labels)
         return self._score("train", logits, labels, targets)[0]
 

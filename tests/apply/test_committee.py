@@ -15,7 +15,7 @@ from digitnet import DigitClassifier
 from digitnet.apply.predictor import Predictor
 from digitnet.checkpoints import load_net
 from digitnet.data import load_bundled_digits
-from digitnet.model import DigitNet
+from digitnet.model import Committee, DigitNet
 from digitnet.study.report import report
 
 
@@ -102,6 +102,33 @@ def test_what_makes_no_committee_is_told_in_one_line(
         assert len(errors) == 1
         assert line in errors[0]
     assert set(tmp_path.rglob("*")) == before
+
+
+def test_columns_that_were_trained_at_once_are_members_each(
+    digitnet: Run, members: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    nets = [load_net(path)[0] for path in members]
+    stored = torch.load(members[0], weights_only=True)
+    weights = {f"net.{name}": weight for name, weight in Committee(nets[:2]).state_dict().items()}  # type: ignore[arg-type]
+    torch.save({**stored, "state_dict": weights, "hyper_parameters": {"columns": 2}}, "columns.ckpt")
+    assert digitnet("committee", "columns.ckpt", members[2], "--output", "all.ckpt") == 0
+    assert "all.ckpt: 3 networks" in capsys.readouterr().out
+    images = torch.rand(4, 1, 28, 28)
+    with torch.no_grad():
+        mean = torch.stack([net(images).softmax(dim=1) for net in nets]).mean(dim=0)
+        torch.testing.assert_close(load_net(Path("all.ckpt"))[0](images).softmax(dim=1), mean)
+
+
+def test_a_calibration_of_another_version_is_told_in_one_line(
+    digitnet: Run, members: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = torch.load(members[0], weights_only=True)
+    del old["calibration"]["energy_weight"]
+    torch.save(old, "old.ckpt")
+    assert digitnet("committee", "old.ckpt", members[1]) == 1
+    line = "digitnet: error: old.ckpt: its calibration is of another version of digitnet; fit again\n"
+    assert capsys.readouterr().err == line
+    assert not (tmp_path / "committee.ckpt").exists()
 
 
 def test_it_is_loaded_as_a_module_without_a_trainer(committee: Path) -> None:

@@ -16,7 +16,7 @@ from conftest import Run
 from PIL import Image
 
 from digitnet.apply import inputs
-from digitnet.apply.inputs import Source, find_pictures, prepare_all
+from digitnet.apply.inputs import Source, find_pictures, prepare, prepare_all
 from digitnet.data import load_bundled_digits
 
 DIGITS = load_bundled_digits()
@@ -156,6 +156,37 @@ def test_hidden_files_in_folders_are_no_pictures(folder: Path) -> None:
     hidden.write_bytes(b"Mac OS X")
     assert [source.name for source in find_pictures([str(folder)])] == shown
     assert [source.name for source in find_pictures([str(hidden)])] == [str(hidden)]  # who names it means it
+
+
+def test_pictures_in_hidden_folders_are_none(folder: Path) -> None:
+    shown = [source.name for source in find_pictures([str(folder)])]
+    (folder / ".thumbs" / "small").mkdir(parents=True)
+    thumbnail = folder / ".thumbs" / "small" / "00.png"
+    thumbnail.write_bytes((folder / "00.png").read_bytes())
+    assert [source.name for source in find_pictures([str(folder)])] == shown
+    assert [source.name for source in find_pictures([str(folder / ".thumbs")])] == [str(thumbnail)]
+
+
+def test_a_name_that_cannot_be_looked_up_stops_no_other(folder: Path) -> None:
+    good, long = str(folder / "00.png"), "x" * 300 + ".png"
+    sources = list(find_pictures([long, str(folder / "0**.png"), good]))
+    assert [source.name for source in sources] == [long, str(folder / "0**.png"), good]
+    assert "File name too long" in str(prepare(sources[0], "auto", False))
+    assert sources[1].message  # what it says depends on Python's version
+    assert sources[2].picture == Path(good)
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="needs a folder that is closed to us")
+@pytest.mark.parametrize("mode", [0o000, 0o444])
+def test_a_folder_closed_to_us_says_so(folder: Path, mode: int) -> None:
+    folder.chmod(mode)
+    try:
+        by_folder = [prepare(source, "auto", False) for source in find_pictures([str(folder)])]
+        by_name = [prepare(source, "auto", False) for source in find_pictures([str(folder / "00.png")])]
+    finally:
+        folder.chmod(0o755)
+    assert by_folder
+    assert all("Permission denied" in str(message) for message in by_folder + by_name)
 
 
 def test_one_source_that_is_wrong_needs_no_process(pools: list[int]) -> None:

@@ -213,6 +213,16 @@ def test_wrong_usage(digitnet: Run, folder: Path, make_checkpoint: Callable[...,
     assert 'scans/*.png" --json' in capsys.readouterr().out
 
 
+def test_contact_sheets_that_cannot_be_written_are_told_before_the_reading(
+    digitnet: Run, folder: Path, make_checkpoint: Callable[..., Path], capsys: Any
+) -> None:
+    Path("file").touch()
+    assert digitnet("predict", folder, "--save-preprocessed", "file/seen", "--ckpt_path", make_checkpoint()) == 1
+    shown = capsys.readouterr()
+    told = "cannot write to file/seen (a file is in the way); name another place with --save-preprocessed"
+    assert (shown.out, shown.err) == ("", f"digitnet: error: {told}\n")
+
+
 def test_a_name_that_the_output_cannot_have(folder: Path, make_checkpoint: Callable[..., Path]) -> None:
     picture = folder / "数.png"
     Image.fromarray(DIGITS.images[0]).save(picture)

@@ -49,6 +49,13 @@ def test_a_selection_is_timed_and_a_schedule_that_would_end_too_soon_left_out(di
     assert result["step_ms"]["selection"] > 0.05
 
 
+def test_columns_are_counted_and_trained_in_the_plain_loop_too(digitnet: Run, tmp_path: Path) -> None:
+    Path("two.yaml").write_text(QUICKSTART.read_text().replace("model:", "model:\n  columns: 2"))
+    assert digitnet("benchmark", "--config", "two.yaml", "--steps", 2, "--rounds", 1, "--output", "speed.json") == 0
+    result = json.loads((tmp_path / "speed.json").read_text())
+    assert result["flop_per_image"] == 2 * 2 * (2 * CONV1 + 3 * REST)
+
+
 def test_a_config_with_two_loggers_leaves_no_run_behind(digitnet: Run, tmp_path: Path) -> None:
     settings = yaml.safe_load(QUICKSTART.read_text())
     names = ("TensorBoardLogger", "CSVLogger")

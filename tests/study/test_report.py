@@ -298,14 +298,14 @@ def test_the_run_tested_last_is_the_default(run: Path, monkeypatch: pytest.Monke
 # --- MNIST ------------------------------------------------------------------------------------------------------------
 
 
-def make_mnist_page(tmp_path: Path, first: int, wrong: list[int]) -> Page:
+def make_mnist_page(tmp_path: Path, first: int, wrong: list[int], config: dict[str, Any] | None = None) -> Page:
     """The page of a run that read every image from ``first`` on as 8, and those in ``wrong`` as 3."""
     indices = np.arange(first, 70_000)
     eights = np.full(len(indices), 8)
     predictions = np.where(np.isin(indices, wrong), 3, 8)
     images = np.zeros((len(indices), 28, 28), np.uint8)
     results = Results(indices, images, eights, predictions, np.full(len(indices), 0.9))
-    config = {"data": {"augmentation": {"class_path": "digitnet.augment.RandomAffine"}}}
+    config = config or {"data": {"augmentation": {"class_path": "digitnet.augment.RandomAffine"}}}
     page, _ = build_report(tmp_path, {}, config, results, None, is_mnist=True)
     return Page(page.decode())
 
@@ -318,6 +318,22 @@ def test_a_run_on_the_last_5000_is_not_put_among_lecuns_figures(tmp_path: Path) 
     assert order.index("This run") < order.index("Scored on all 10,000 test images")
     assert "This run was not scored on all 10,000" in page.text
     assert "made 22 mistakes (95 % interval of its accuracy 99.33 to 99.71 %), this run 2" in page.text
+
+
+@pytest.mark.parametrize(
+    ("architecture", "augmentation", "shown"),
+    [
+        ("zoom", None, "slant, affine, elastic"),
+        ("upright", {"class_path": "digitnet.RandomWarp"}, "RandomWarp, slant"),
+        ("digitnet", None, "none"),
+    ],
+)
+def test_what_the_network_itself_distorts_stands_in_its_row(
+    tmp_path: Path, architecture: str, augmentation: dict[str, str] | None, shown: str
+) -> None:
+    config = {"model": {"architecture": architecture}, "data": {"augmentation": augmentation}}
+    page = make_mnist_page(tmp_path, 65_000, [65_000], config)
+    assert [row[1] for row in page.rows if row[0] == "This run"] == [shown]
 
 
 def test_a_run_on_all_10000_stands_with_its_half_in_both_groups(tmp_path: Path) -> None:

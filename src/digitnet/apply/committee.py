@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import lightning as L
 import torch
 
 from digitnet.calibrate import fit_calibration, fit_max_score
-from digitnet.calibration import Calibration
+from digitnet.calibration import read_calibration
 from digitnet.checkpoints import load_net, read_data_settings, save_checkpoint
 from digitnet.data import MNISTDataModule
-from digitnet.model import Committee
+from digitnet.model import Committee, SingleNet
 
 
 def committee(checkpoints: list[Path], output: Path = Path("committee.ckpt"), data_dir: str | None = None) -> None:
@@ -47,20 +48,22 @@ def committee(checkpoints: list[Path], output: Path = Path("committee.ckpt"), da
     loaded = [load_net(path) for path in paths]
     first = loaded[0][1]
     known = read_data_settings(first)
-    members = []
+    members: list[SingleNet] = []
     for path, (net, checkpoint) in zip(paths, loaded, strict=True):
-        if isinstance(net, Committee):
-            raise ValueError(f"{path} is a committee already; give its members")
         if read_data_settings(checkpoint) != known:
             raise ValueError(f"{path} was trained on {read_data_settings(checkpoint)}, {paths[0]} on {known}")
-        members.append(net)
+        if not isinstance(net, Committee):
+            members.append(net)
+        elif "columns" in checkpoint.get("hyper_parameters", {}):  # trained at once
+            members.extend(cast(list[SingleNet], list(net.members)))
+        else:
+            raise ValueError(f"{path} is a committee already; give its members")
+    firsts = read_calibration(first, paths[0])
     module = MNISTDataModule(**known, data_dir=data_dir)
     module.setup("validate")
     net = Committee(members)
     calibration = fit_calibration(net, module.datasets[0], module.datasets[1], num_digits=0)
-    firsts = Calibration.from_state(first.get("calibration"))
     if firsts.max_score < torch.inf:
-        # By the detector alone: logarithms of mean probabilities have no energy to tell.
         calibration.detector = firsts.detector
         images = module.datasets[1].images
         fit_max_score(calibration, torch.zeros(len(images), 10), images, torch.device("cpu"))

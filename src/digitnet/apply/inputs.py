@@ -38,36 +38,63 @@ def find_pictures(files: Iterable[str]) -> Iterator[Source]:
     """What was named, file by file; in folders, what has the ending of a picture and is not hidden, sorted."""
     has_read = False
     for name in files:
-        path = Path(name)
         if not name:
             yield Source(name, None, "an empty name")
         elif name == "-":
             yield Source(name, sys.stdin.buffer.read()) if not has_read else Source(name, None, "was read already")
             has_read = True
-        elif path.is_dir():
-            inside = find_in_folder(path)
-            yield from (Source(str(file), file) for file in inside)
-            if not inside:
-                yield Source(name, None, f"a folder without pictures ({', '.join(sorted(SUFFIXES))})")
-        elif has_magic(name) and not path.exists():
-            anchor = Path(path.anchor)
-            matched = sorted(anchor.glob(str(path.relative_to(anchor))))
-            typed = {*path.parts}
-            shown = [one for one in matched if not any(part.startswith(".") for part in {*one.parts} - typed)]
-            found = {one for one in shown if one.is_file()}
-            found |= {file for one in shown if one.is_dir() for file in find_in_folder(one)}
-            yield from (Source(str(file), file) for file in sorted(found))
-            if not found:
-                yield Source(name, None, "no file is named like this")
         else:
-            yield Source(name, path)
+            try:
+                yield from find_named(name)
+            except (OSError, ValueError) as error:  # a name too long, a folder that is closed to us, a pattern "a**"
+                yield Source(name, None, (isinstance(error, OSError) and error.strerror) or str(error))
 
 
-def find_in_folder(folder: Path) -> list[Path]:
-    """What has the ending of a picture in a folder and the folders in it, sorted; links to folders are not followed."""
-    # Hidden are unfinished files, and what macOS writes beside each picture on other systems' disks.
-    shown = (file for file in folder.rglob("*") if not file.name.startswith("."))
-    return sorted(file for file in shown if file.suffix.lower() in SUFFIXES and file.is_file())
+def find_named(name: str) -> list[Source]:
+    """The pictures that a file's, folder's or pattern's name stands for.
+
+    Raises:
+        OSError: it cannot be looked up.
+        ValueError: it is no pattern.
+    """
+    path = Path(name)
+    if path.is_dir():
+        nothing = Source(name, None, f"a folder without pictures ({', '.join(sorted(SUFFIXES))})")
+        return find_in_folder(path) or [nothing]
+    if not has_magic(name) or path.exists():
+        return [Source(name, path)]
+    anchor = Path(path.anchor)
+    typed = {*path.parts}
+    found: dict[str, Source] = {}  # by name: a pattern may match a folder and what is in it
+    for one in sorted(anchor.glob(str(path.relative_to(anchor)))):
+        if not any(part.startswith(".") for part in {*one.parts} - typed):
+            sources = find_in_folder(one) if one.is_dir() else [Source(str(one), one)] if one.is_file() else []
+            found |= {source.name: source for source in sources}
+    return [found[key] for key in sorted(found, key=Path)] or [Source(name, None, "no file is named like this")]
+
+
+def find_in_folder(folder: Path) -> list[Source]:
+    """What has the ending of a picture in a folder and the folders in it, sorted, and what of these is closed to us.
+
+    Hidden ones are left out: unfinished files, thumbnails, what macOS writes beside each picture on other systems'
+    disks. Links to folders are not followed.
+    """
+    closed: list[OSError] = []
+    found: list[Path] = []
+    for parent, folders, names in os.walk(folder, onerror=closed.append):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files = (Path(parent, name) for name in names if not name.startswith("."))
+        found += (file for file in files if file.suffix.lower() in SUFFIXES and _is_file(file))
+    sources = [Source(str(file), file) for file in found]
+    sources += [Source(str(error.filename), None, error.strerror or str(error)) for error in closed]
+    return sorted(sources, key=lambda source: Path(source.name))
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # reading it will say why
+        return True
 
 
 def prepare(source: Source, invert: Invert, split: bool) -> list[Digit28] | str:

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from digitnet.apply.ink import Invert
 from digitnet.apply.inputs import find_pictures, prepare_all
+from digitnet.files import make_writable
 
 DONE, FAILED, NO_DIGIT = 0, 1, 3  # exit codes; 2 is wrong usage
 
@@ -60,6 +61,8 @@ def predict(
         from digitnet.apply.predictor import Predictor
 
         predictor = Predictor.load(ckpt_path)
+        if save_preprocessed:
+            make_writable(save_preprocessed, "--save-preprocessed")
         is_quiet = len(sources) <= 128 or not sys.stderr.isatty()
         digits = list(tqdm(prepared, total=len(sources), unit="picture", disable=is_quiet))
     answers, images = formats.answer(predictor, sources, digits)  # now that all cores are free

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
-from digitnet.calibration import CalibratedNet, Calibration
+from digitnet.calibration import CalibratedNet, Calibration, read_calibration
 from digitnet.checkpoints import find_newest, load_net
 from digitnet.model import Network
 
@@ -60,10 +60,7 @@ class Predictor:
         if "calibration" not in stored:
             log.warning("%s holds no calibration (fit adds it): confidences are raw, and any picture is a digit", path)
             return cls(net)
-        try:
-            return cls(net, Calibration.from_state(stored["calibration"]))
-        except (RuntimeError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: its calibration is of another version of digitnet; fit again") from error
+        return cls(net, read_calibration(stored, path))
 
     @torch.inference_mode()
     def read(self, images: np.ndarray) -> list[Reading]:

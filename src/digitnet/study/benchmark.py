@@ -264,11 +264,12 @@ class PlainLoop:
     def compute_loss(self, images: Tensor, labels: Tensor) -> Tensor:
         with self.in_precision():
             if self.teacher is None:
-                logits = self.net(images)
-                targets = labels.repeat(len(logits) // len(labels))  # for each column
+                logits, targets = self.net(images), labels
             else:
                 logits, targets = self.teacher.teach(self.net, images, labels)
-        return F.cross_entropy(logits.float(), targets)
+        columns = len(logits) // len(targets)
+        targets = targets.repeat(columns, *[1] * (targets.ndim - 1))
+        return columns * F.cross_entropy(logits.float(), targets)  # the sum over columns of each one's mean
 
     def describe(self, steps: int) -> dict[str, Any]:
         """Milliseconds of each part of a step, medians, and floating-point operations of an image."""

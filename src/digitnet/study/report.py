@@ -54,6 +54,12 @@ LECUN_TABLE = [
     ("Committee of 7 conv. nets", "elastic", "0.27 ± 0.02", "Ciresan et al. 2011"),
     ("Committee of 35 conv. nets", "elastic", "0.23", "Ciresan et al. 2012"),
 ]
+OWN_DISTORTIONS = {  # by architecture: what the network's own first step does in training
+    "upright": "slant",
+    "upright_residual": "slant",
+    "zoom": "slant, affine, elastic",
+    "zoom_residual": "slant, affine, elastic",
+}
 WRITEUP_ERRORS = 22  # of the last 5,000
 
 
@@ -483,6 +489,9 @@ def _compare(results: Results, config: dict[str, Any]) -> dict[str, Any]:
     ]
     augmentation = (config.get("data") or {}).get("augmentation") or {}
     distortions = str(augmentation.get("class_path", "none")).rpartition(".")[2] if config else "not known"
+    own = OWN_DISTORTIONS.get(str((config.get("model") or {}).get("architecture")))
+    if own:
+        distortions = own if distortions == "none" else f"{distortions}, {own}"
     for rows, counted in ((easy, last), (full, whole)):
         if counted:
             rows.insert(0, _row("This run", distortions, *counted, ours=True))
