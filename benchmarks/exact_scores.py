@@ -38,7 +38,10 @@ def score(folder: Path, size: int, processes: int) -> dict[str, Any]:
     ]  # fmt: skip
     strategy = ["--trainer.strategy", "ddp"] if processes > 1 else []
     command = [sys.executable, "-m", "digitnet", "test", *flags, *strategy]
-    subprocess.run(command, cwd=folder, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=folder, check=False, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}:\n{done.stderr}")
     report = find_folder(folder / "model.ckpt", "report")
     rows = list(csv.DictReader((report / "predictions.csv").read_text().splitlines()))
     metrics = json.loads((report / "metrics.json").read_text())
@@ -57,6 +60,8 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("exact_scores.json"))
     args = parser.parse_args()
     digits = fetch_digits(args.data)
+    if len(digits.labels) < max(SIZES) + 2:
+        parser.error(f"data is {args.data}, {len(digits.labels):,} images; {max(SIZES) + 2:,} or more are needed")
     table: dict[str, dict[str, int]] = {}
     is_exact = True
     for size in SIZES:

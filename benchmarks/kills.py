@@ -129,12 +129,14 @@ def kill_once(fit: list[str], after_s: float, while_saving: bool, expected: dict
         process.join()
         checkpoints = folder / RUN / "checkpoints"
         has_last = (checkpoints / "last.ckpt").exists()
+        torn = find_torn(folder)
+        is_sound = has_last and not torn
         trial: dict[str, Any] = {
             "after_s": round(after_s, 3),
-            "epochs_kept": torch.load(checkpoints / "last.ckpt", weights_only=True)["epoch"] + 1 if has_last else 0,
+            "epochs_kept": torch.load(checkpoints / "last.ckpt", weights_only=True)["epoch"] + 1 if is_sound else 0,
             "was_saving": bool(list(folder.rglob(f"{PART}*"))),
             "had_ended": process.exitcode == 0,
-            "torn": find_torn(folder),
+            "torn": torn,
         }
         # Without a checkpoint there is nothing to go on with: it is started again, in a folder of its own.
         again = start(folder, ["fit", "--ckpt_path", "last"] if has_last else [*fit, "--trainer.logger.name", "again"])

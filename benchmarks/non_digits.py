@@ -171,14 +171,15 @@ def measure_answers(readings: list[Reading], labels: np.ndarray) -> dict[str, fl
     certain = np.array([one.status == "ok" for one in readings])
     order = np.argsort(-confidence)
     accuracy = np.cumsum(is_right[order]) / np.arange(1, len(order) + 1)
+    num_answered = max(np.flatnonzero(accuracy >= TARGET) + 1, default=0)
     return {
         "mistakes": int((~is_right).sum()),
         "calibration error (ECE, 15 bins)": 100 * bin_reliability(confidence, is_right).ece,
         "not called certain": 100 * float((~certain).mean()),
         "called no digit": 100 * float(np.mean([one.status == "no digit" for one in readings])),
         "wrong although called certain": int((certain & ~is_right).sum()),
-        "accuracy of the certain": 100 * float(is_right[certain].mean()),
-        "fewest abstentions for 99.9 %": 100 * (1 - (np.flatnonzero(accuracy >= TARGET)[-1] + 1) / len(order)),
+        "accuracy of the certain": 100 * float(is_right[certain].mean()) if certain.any() else 100.0,
+        "fewest abstentions for 99.9 %": 100 * (1 - float(num_answered) / len(order)),
     }
 
 

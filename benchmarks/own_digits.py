@@ -212,7 +212,7 @@ def labelled(folder: Path) -> Iterator[tuple[Path, int]]:
         with (folder / "labels.csv").open() as file:
             yield from ((folder / row["file"], int(row["label"])) for row in csv.DictReader(file))
     else:
-        yield from ((path, int(path.parent.name)) for path in sorted(folder.glob("[0-9]/*")))
+        yield from ((path, int(path.parent.name)) for path in sorted(folder.glob("[0-9]/[!.]*")))
 
 
 def sheet(images: np.ndarray, titles: list[str], path: Path) -> None:
@@ -236,6 +236,10 @@ def main() -> None:
     parser.add_argument("--save", type=Path, help="a folder for contact sheets")
     args = parser.parse_args()
     network = DigitClassifier.load_from_checkpoint(args.checkpoint, map_location="cpu", weights_only=True).eval()
+    files = {folder: list(labelled(folder)) for folder in args.folders}
+    for folder, found in files.items():
+        if not found:
+            parser.error(f"{folder}: no labels.csv, and no pictures in folders named 0 to 9")
     digits = fetch_digits("mnist")
     chosen = 60_000 + np.random.default_rng(1).permutation(10_000)[: args.per_kind]
 
@@ -254,8 +258,8 @@ def main() -> None:
             args.save.mkdir(parents=True, exist_ok=True)
             sheet(images[wrong], [f"{labels[i]} as {read[i]}" for i in wrong], args.save / f"{name}.png")
 
-    for folder in args.folders:
-        score(folder.name, ((imaging.open_picture(path), label) for path, label in labelled(folder)))
+    for folder, found in files.items():
+        score(folder.name, ((imaging.open_picture(path), label) for path, label in found))
     for name, make in KINDS.items():
         if args.only in name:
             rng = np.random.default_rng(2)

@@ -39,7 +39,10 @@ def main() -> None:
     seeds = sorted(args.runs.glob("seed_*/result.json"))
     if not seeds:
         parser.error(f"runs is {args.runs}: no seed_*/result.json there; run protocol")
-    counts = Counter(index for path in seeds for index in json.loads(path.read_text())["mistakes"])
+    results = [json.loads(path.read_text()) for path in seeds]
+    if any("loss_odd" in result for result in results):
+        parser.error(f"runs is {args.runs}: scored on a hold-out, not on the 10,000 test images")
+    counts = Counter(index for result in results for index in result["mistakes"])
     indices = sorted(counts)
     digits = fetch_digits("mnist")
     images = digits.images[CLASSIC_TEST_START:][indices]
@@ -90,8 +93,12 @@ def main() -> None:
 
 
 def read_verdicts(path: Path) -> dict[int, str]:
-    """Of a table written before: verdicts by index."""
-    return dict(pd.read_csv(path)[["index", "verdict"]].itertuples(index=False))
+    """Of a table written before: verdicts by index, of what was looked at."""
+    given = dict(pd.read_csv(path, keep_default_na=False)[["index", "verdict"]].itertuples(index=False))
+    for index, verdict in given.items():
+        if verdict not in ("", *VERDICTS):
+            raise SystemExit(f"{path}: the verdict on {index} is {verdict}; it must be one of: {', '.join(VERDICTS)}")
+    return {index: verdict for index, verdict in given.items() if verdict not in ("", VERDICTS[-1])}
 
 
 if __name__ == "__main__":

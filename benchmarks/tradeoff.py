@@ -27,6 +27,9 @@ def main() -> None:
     parser.add_argument("table", type=Path)
     table_path = parser.parse_args().table
     table = pd.read_csv(table_path)
+    unknown = sorted({*table["figure"]} - TITLES.keys())
+    if unknown:
+        parser.error(f"{table_path}: figure is {unknown[0]}; there are {', '.join(TITLES)}")
     for name, rows in table.groupby("figure", sort=False):
         title, unit = TITLES[str(name)]
         timed = rows[rows["seconds"].notna()].fillna({"sd": 0})

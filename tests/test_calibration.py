@@ -103,6 +103,14 @@ def test_the_detectors_score_is_the_odds_of_its_eleventh_class() -> None:
         torch.testing.assert_close(detector((images * 255).byte()), detector((images * 255).byte() / 255))
 
 
+@pytest.mark.parametrize("num_digits", [1, 2, 3])
+def test_a_few_digits_are_enough_to_fit(
+    parts: tuple[DigitNet, DigitDataset, DigitDataset, Digits], num_digits: int
+) -> None:
+    net, train, val, _ = parts
+    assert fit_calibration(net, train, val, num_digits).max_score.isfinite()
+
+
 def test_logarithms_of_mean_probabilities_have_no_doubt_to_count(
     parts: tuple[DigitNet, DigitDataset, DigitDataset, Digits],
 ) -> None:

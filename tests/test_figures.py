@@ -164,8 +164,11 @@ def test_history_marks_the_best_epoch_and_makes_99_percent_readable() -> None:
         make_history(1),
         History(*np.array([[1, 2], [2.3, 1e-9], [0.1, 1.0], [2.3, 1e-9], [0.1, 1.0]])),
         History(*np.array([[1, 2], [np.nan, np.nan], [0.1, 0.1], [np.nan, np.nan], [0.1, 0.1]])),
+        History(*np.array([[1, 2], [0.1, 0.05], [1.0, 1.0], [0.1, 0.05], [1.0, 1.0]])),
+        History(*np.array([[1, 2], [900, 800], [0.1, 0.1], [900, 800], [0.1, 0.1]])),
+        History(*np.array([[1, 2], [0.1, 0.1], [0.9, 0.9], [0.1, 0.1], [0.9, 0.9]])),
     ],
-    ids=["one epoch", "up to 100 %", "diverged"],
+    ids=["one epoch", "up to 100 %", "diverged", "all right", "large losses", "all the same"],
 )
 def test_history_of_extreme_runs_stays_on_the_page(history: History) -> None:
     _, acc = figures.draw_history(history, best=0).axes

@@ -39,6 +39,12 @@ def test_pictures_come_on_schedule_and_after_the_last_epoch(digitnet: Run) -> No
     assert steps == {"train/augmentation": [0], "val/confusion": [7, 11], "val/mistakes": [7, 11]}
 
 
+def test_pictures_come_at_the_first_validation_after_so_many_epochs(digitnet: Run) -> None:
+    flags = ("--trainer.max_epochs", 6, "--trainer.check_val_every_n_epoch", 2, "--pictures.every_n_epochs", 3)
+    fit(digitnet, *flags)
+    assert [image.step for image in read_events(RUN).Images("val/confusion")] == [15, 23]  # epochs 4 and 6
+
+
 def test_precision_recall_curves_count_every_validation_image(digitnet: Run) -> None:
     fit(digitnet)
     labels = fetch_digits("digits").labels[1437 : 1437 + 180]

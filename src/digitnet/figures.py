@@ -195,6 +195,9 @@ def _fit_scale(axes: Axes, ticks: list[float], values: Array, scale: Scale, unsc
         return
     low = max([t for t in ticks if t <= values.min()], default=ticks[0])
     high = min([t for t in ticks if t >= values.max()], default=ticks[-1])
+    if low == high:  # one value, on a tick or beyond the last
+        place = ticks.index(low)
+        low, high = ticks[max(0, place - 1)], ticks[min(place + 1, len(ticks) - 1)]
     shown = [t for t in ticks if low <= t <= high]
     while len(shown) > 8:  # keep the ends, thin out between them
         shown = [shown[0], *shown[2:-1:2], shown[-1]]

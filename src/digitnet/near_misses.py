@@ -209,6 +209,8 @@ def place(images: Tensor) -> Tensor:
 
 def blur(images: Tensor, sigma: Tensor) -> Tensor:
     """Blur each image (N, 1, H, W) with a Gaussian of its own width: sigma (N,), in pixels."""
+    if not len(sigma):
+        return images  # a convolution of no groups is none
     kernel = torch.exp(-((torch.arange(-7.0, 8.0) / sigma[:, None]) ** 2) / 2)
     kernel = (kernel / kernel.sum(1, keepdim=True))[:, None, :, None]  # (N, 1, 15, 1)
     images = F.conv2d(images.transpose(0, 1), kernel, padding=(7, 0), groups=len(sigma))

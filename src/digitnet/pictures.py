@@ -33,7 +33,8 @@ class Pictures(CollectScores):
     Confusion matrix, mistakes and a precision-recall curve per digit, of the last validation before each is drawn.
 
     Args:
-        every_n_epochs: how often they are drawn, which takes about a second; after the last epoch too. 0 draws nothing.
+        every_n_epochs: how often they are drawn, which takes about a second: at the first validation after so many
+            epochs, and after the last epoch. 0 draws nothing.
 
     Raises:
         ValueError: ``every_n_epochs`` is negative.
@@ -45,9 +46,11 @@ class Pictures(CollectScores):
             raise ValueError(f"pictures.every_n_epochs is {every_n_epochs}; it is a number of epochs, or 0 for none")
         self.every_n_epochs = every_n_epochs
         self.drawn_step = 0  # when they were drawn last
+        self.periods = 0  # of every_n_epochs each, that are over and drawn
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.global_step > 0:
+            self.periods = trainer.current_epoch // max(self.every_n_epochs, 1)
             return
         data = find_data(trainer)
         for writer in self._find_writers(trainer):
@@ -56,8 +59,9 @@ class Pictures(CollectScores):
                 self._draw_augmentation(data, writer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        due = self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0
-        if due and not trainer.sanity_checking:
+        periods = (trainer.current_epoch + 1) // self.every_n_epochs if self.every_n_epochs else 0
+        if periods > self.periods and not trainer.sanity_checking:
+            self.periods = periods
             self._draw_validation(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

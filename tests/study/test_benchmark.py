@@ -56,6 +56,23 @@ def test_columns_are_counted_and_trained_in_the_plain_loop_too(digitnet: Run, tm
     assert result["flop_per_image"] == 2 * 2 * (2 * CONV1 + 3 * REST)
 
 
+def test_what_would_end_the_training_early_does_not(digitnet: Run, tmp_path: Path) -> None:
+    Path("early.yaml").write_text(QUICKSTART.read_text() + "early_stopping: {stopping_threshold: 0.0}\n")
+    assert digitnet("benchmark", "--config", "early.yaml", "--steps", 1, "--rounds", 2, "--output", "speed.json") == 0
+    result = json.loads((tmp_path / "speed.json").read_text())
+    assert {name: len(each) for name, each in result["images_per_s"].items()} == {FIT: 2, STEPS: 2, PLAIN: 2}
+
+
+def test_a_precision_that_the_plain_loop_has_not_is_refused(
+    digitnet: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("half.yaml").write_text(QUICKSTART.read_text().replace("trainer:", "trainer:\n  precision: bf16-true"))
+    assert digitnet("benchmark", "--config", "half.yaml", "--steps", 1, "--rounds", 1) == 1
+    errors = capsys.readouterr().err
+    assert "trainer.precision is bf16-true; benchmark takes 32-true or bf16-mixed" in errors
+    assert "Traceback" not in errors
+
+
 def test_a_config_with_two_loggers_leaves_no_run_behind(digitnet: Run, tmp_path: Path) -> None:
     settings = yaml.safe_load(QUICKSTART.read_text())
     names = ("TensorBoardLogger", "CSVLogger")

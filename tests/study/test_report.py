@@ -373,6 +373,8 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "empty metrics": (edit("metrics.json", lambda text: ""), "metrics.json is damaged"),
     "cut metrics": (edit("metrics.json", lambda text: text[:40]), "metrics.json is damaged"),
     "other metrics": (edit("metrics.json", lambda text: '{"num_images": 250}'), "no 'num_errors'"),
+    "endless metrics": (edit("metrics.json", lambda text: '{"num_images": 1e999, "num_errors": 0}'), "is damaged"),
+    "no such index": (edit("predictions.csv", lambda text: text.replace("\n1547,", f"\n{10**25},")), "is damaged"),
     "empty predictions": (edit("predictions.csv", lambda text: ""), "predictions.csv is damaged"),
     "cut predictions": (edit("predictions.csv", lambda text: text[:999]), "predictions.csv is damaged"),
     "other columns": (edit("predictions.csv", lambda text: text.replace("label", "truth", 1)), "is damaged"),

@@ -21,6 +21,7 @@ import itertools
 import json
 import math
 import re
+import shlex
 import shutil
 import statistics
 import sys
@@ -103,7 +104,8 @@ def ablate(folder: Path, seeds: int = 1, shard: str = "1/1", output: Path = Path
     done_s, done_epochs = 0.0, 0  # by this call
     for i, (row, seed) in enumerate(pending):
         left_s = sum(epochs[row] for row, _ in pending[i:]) * done_s / max(done_epochs, 1)
-        left = f", about {left_s / 60:.0f} min left" if done_epochs else ""
+        is_known = done_epochs and min(epochs[row] for row, _ in pending[i:]) > 0  # -1: until it stops by itself
+        left = f", about {left_s / 60:.0f} min left" if is_known else ""
         name = f"{row.path.parent.name}/{row.name}, seed {seed}"
         if (row.digest, seed) in find_finished(load_results(output)):  # by another part, or the same command twice
             continue
@@ -125,7 +127,7 @@ def ablate(folder: Path, seeds: int = 1, shard: str = "1/1", output: Path = Path
         raise ValueError(f"{len(failures)} of {len(pending)} runs failed, the others are kept: {'; '.join(failures)}")
     written = write_tables(tables, load_results(output), output)
     if not written:
-        remedy = f"train them: python -m digitnet ablate {folder}"
+        remedy = f"train them: python -m digitnet ablate {shlex.quote(str(folder))}"
         raise FileNotFoundError(f"no row of {folder} has finished under {output} yet; {remedy}")
     print("\n".join(written))
 
@@ -370,7 +372,7 @@ def load_results(output: Path) -> list[Result]:
             versions = {"torch": str(result["versions"]["torch"])}
             key = texts["config_sha256"], int(figures["seed"])
             results[key] = {**result, **texts, "versions": versions, **figures}
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"{path} is damaged; remove it, and the run is trained again") from error
     return list(results.values())
 
@@ -421,10 +423,11 @@ def render_table(table: Table, frame: pd.DataFrame, results: list[Result]) -> st
     orders = [f"- {text}" for key in MEASURES if (text := compare_orders(frame, key))]
     runs = [result for result in results if result["config_sha256"] in {row.digest for row in table.rows}]
     machines = sorted({f"{run['hardware']}, {run['precision']}, torch {run['versions']['torch']}" for run in runs})
+    command = f"python -m digitnet ablate {shlex.quote(str(table.folder))} --seeds {frame['n'].max()}"
     notes = (
         "Each figure of ours: mean ± sample standard deviation over n seeds, at the last epoch. Within the spread: a "
         "difference smaller than √(s₁² + s₂²); with n = 1 there is none, and chance cannot be told from effect. "
-        f"Trained on {'; '.join(machines)}: `python -m digitnet ablate {table.folder} --seeds {frame['n'].max()}`"
+        f"Trained on {'; '.join(machines)}: `{command}`"
     )
     return "\n".join([f"# {table.name.capitalize()}", "", *lines, "", *orders, "", notes, ""])
 

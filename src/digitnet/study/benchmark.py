@@ -12,6 +12,7 @@ import copy
 import json
 import math
 import resource
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -42,6 +43,7 @@ from digitnet.winograd import MIN_BATCH
 
 COMPLAINTS = "keras.stderr"
 PARTS = ("data", "augmentation", "selection", "forward", "backward", "optimizer")
+PRECISIONS = ("32-true", "bf16-mixed")  # that the plain loop has
 FIT, STEPS, PLAIN, KERAS = "fit, whole epochs", "fit, steps alone", "plain PyTorch, steps alone", "Keras, whole epochs"
 
 
@@ -84,7 +86,8 @@ def benchmark(
         cli = time_fit(config, steps, rounds, turns, folder)
     steps = turns.steps  # of a small data set, fewer
     result = {
-        "command": f"python -m digitnet benchmark --config {config.as_posix()} --steps {steps} --rounds {rounds}"
+        "command": f"python -m digitnet benchmark --config {shlex.quote(config.as_posix())}"
+        + f" --steps {steps} --rounds {rounds}"
         + (" --keras_python PYTHON" if keras_python and turns.keras_python else ""),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "hardware": describe_hardware(),
@@ -113,6 +116,8 @@ def time_fit(config: Path, steps: int, rounds: int, turns: Turns, folder: str) -
     class TimedCLI(DigitCLI):
         def instantiate_trainer(self, **settings: Any) -> L.Trainer:
             trainer = super().instantiate_trainer(**settings)
+            if str(trainer.precision) not in PRECISIONS:
+                raise ValueError(f"trainer.precision is {trainer.precision}; benchmark takes {' or '.join(PRECISIONS)}")
             turns.steps = min(steps, math.ceil(self.datamodule.split[0] / self.datamodule.batch_size))
             trainer.limit_val_batches = count_val_batches(turns.steps, self.datamodule.eval_batch_size)
             # First, so that fit's own clock starts after the others had their turns.
@@ -127,7 +132,8 @@ def time_fit(config: Path, steps: int, rounds: int, turns: Turns, folder: str) -
     flags += ["--model.lr_scheduler=null"]  # it may be made for fewer steps than are timed
     # Every turn as long as the others', and with a validation, whatever the config says.
     flags += ["--trainer.max_steps=-1", "--trainer.max_time=null", "--trainer.overfit_batches=0.0"]
-    flags += ["--trainer.check_val_every_n_epoch=1"]
+    flags += ["--trainer.check_val_every_n_epoch=1", "--trainer.val_check_interval=1.0", "--trainer.fast_dev_run=false"]
+    flags += ["--early_stopping.stopping_threshold=null", "--early_stopping.divergence_threshold=null"]
     prepare_process()
     return TimedCLI(["fit", "--config", str(config), *flags])
 

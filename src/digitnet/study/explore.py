@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,14 +70,14 @@ def explore(config: Path | None = None, folder: Path = Path("explore"), seed: in
         write_file(folder / f"{picture.name}.png", figures.render(picture.figure, "png", dpi=200))
         write_file(folder / f"{picture.name}.svg", figures.render(picture.figure, "svg"))
     train, val, test = module.split
-    typed = f" --config {config}" if config else ""
-    typed += f" --folder {folder}" * (folder != Path("explore")) + f" --seed {seed}" * (seed != 42)
+    typed = ["--config", str(config)] if config else []
+    typed += ["--folder", str(folder)] * (folder != Path("explore")) + ["--seed", str(seed)] * (seed != 42)
     page = render_page(
         "explore.html",
         source=module.source,
         lead=f"{sum(module.split):,} images in order: {train:,} to train on, {val:,} to validate, {test:,} to test.",
         pictures=pictures,
-        command=f"python -m digitnet explore{typed}",
+        command=shlex.join(["python", "-m", "digitnet", "explore", *typed]),
     )
     write_file(folder / "index.html", page)
     print(f"{folder / 'index.html'}: {len(pictures)} figures of {module.source}, each as PNG and SVG")

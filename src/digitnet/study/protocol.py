@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import statistics
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -312,7 +313,8 @@ def render_table(config: Path, results: list[Result], holdout: int = 0) -> str:
     lines.insert(1, f"|{'---:|' * len(cells)}")
     machines = sorted({describe_circumstances(result) for result in results})
     trained, scored = f"all {SPLIT[0]:,} training images", "scored at the last epoch, once per seed"
-    asked = f"python -m digitnet protocol {config} --seeds {max(one['seed'] for one in results) - FIRST_SEED + 1}"
+    num_seeds = max(one["seed"] for one in results) - FIRST_SEED + 1
+    asked = f"python -m digitnet protocol {shlex.quote(str(config))} --seeds {num_seeds}"
     if holdout:
         trained, scored = f"the first {SPLIT[0] - holdout:,} training images", f"scored on the next {holdout:,}"
         asked += f" --holdout {holdout}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -151,7 +152,7 @@ def load_metrics(run: Path, folder: Path) -> dict[str, Any]:
     try:
         metrics = json.loads(path.read_text())
         {key: int(metrics[key]) for key in ("num_images", "num_errors")}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{path} is damaged ({reason}); test again: {_test_command(run)}") from error
     return dict(metrics)
@@ -182,7 +183,7 @@ def load_predictions(run: Path, folder: Path, num_images: int) -> dict[str, Arra
             raise ValueError(f"{len(table):,} rows, where metrics.json counts {num_images:,} images")
         if not np.isin(columns["prediction"], range(10)).all() or not table["confidence"].between(0, 1).all():
             raise ValueError("predictions must be digits, and confidences lie in [0, 1]")
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} is damaged ({reason}); test again: {_test_command(run)}") from error
     return columns
@@ -540,7 +541,7 @@ def _score(value: float) -> str:
 def _test_command(run: Path) -> str:
     outside = run.with_name(f"{run.name.removesuffix('_report')}.ckpt")
     checkpoint = outside if (run / "metrics.json").is_file() else run / "checkpoints" / "best.ckpt"
-    return f"python -m digitnet test --ckpt_path {checkpoint}"
+    return shlex.join(["python", "-m", "digitnet", "test", "--ckpt_path", str(checkpoint)])
 
 
 def _is_mnist(digits: Digits) -> bool:
