@@ -192,8 +192,12 @@ def test_the_history_names_the_first_best_epoch(reported_run: Path) -> None:
     assert said in read_page(reported_run).text
 
 
-def test_an_epoch_begun_again_after_a_stop_counts_as_it_ran_last(run: Path) -> None:
+@pytest.mark.parametrize("name", ["events.out.tfevents.0", "events.out.tfevents.9999999999"])
+def test_an_epoch_begun_again_after_a_stop_counts_as_it_ran_last(run: Path, name: str) -> None:
+    before = set(run.glob("events*"))
     write_events(run, 2, [0.99, 0.98])  # a second event file: the third epoch again, and a fourth
+    (second,) = set(run.glob("events*")) - before
+    second.rename(run / name)  # TensorBoard reads them by name
     history = load_history(run)
     assert history is not None
     np.testing.assert_array_equal(history.epochs, [1, 2, 3, 4])

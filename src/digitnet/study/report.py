@@ -231,12 +231,18 @@ def load_history(run: Path, monitored: str | None = None) -> History | None:
     there = set(events.Tags()["scalars"])
     if not {"epoch", "train/loss", "train/acc"} <= there:
         return None
-    epoch_of_step = {event.step: round(event.value) for event in events.Scalars("epoch")}
+
+    def read_tag(tag: str) -> dict[int, float]:
+        """Step -> value, the last that was logged: files of one second are not read in the order they were written."""
+        logged = sorted(events.Scalars(tag), key=lambda event: event.wall_time) if tag in there else []
+        return {event.step: event.value for event in logged}
+
+    epoch_of_step = {step: round(value) for step, value in read_tag("epoch").items()}
 
     def read(*tags: str) -> dict[int, list[tuple[float, ...]]]:
         """Epoch -> values of tags that are logged together, each time that they were."""
         found: dict[int, list[tuple[float, ...]]] = {}
-        series = [{event.step: event.value for event in events.Scalars(tag)} if tag in there else {} for tag in tags]
+        series = [read_tag(tag) for tag in tags]
         for step in sorted(set.intersection(*map(set, series)) & epoch_of_step.keys()):
             found.setdefault(epoch_of_step[step], []).append(tuple(values[step] for values in series))
         return found
