@@ -178,7 +178,7 @@ def measure_answers(readings: list[Reading], labels: np.ndarray) -> dict[str, fl
         "not called certain": 100 * float((~certain).mean()),
         "called no digit": 100 * float(np.mean([one.status == "no digit" for one in readings])),
         "wrong although called certain": int((certain & ~is_right).sum()),
-        "accuracy of the certain": 100 * float(is_right[certain].mean()) if certain.any() else 100.0,
+        "accuracy of the certain": 100 * float(is_right[certain].mean()) if certain.any() else float("nan"),
         "fewest abstentions for 99.9 %": 100 * (1 - float(num_answered) / len(order)),
     }
 

@@ -73,7 +73,9 @@ def test_columns_learn_each_by_itself_and_answer_as_one() -> None:
             assert its.grad is not None
             torch.testing.assert_close(mine.grad, its.grad, rtol=1e-3, atol=1e-6)
     assert losses[0] != losses[1]  # they began with weights of their own
-    assert module.get_metric("train/loss").compute().item() == pytest.approx(sum(losses).item() / 2, rel=1e-5)  # type: ignore[union-attr]
+    assert module.get_metric("train/loss").compute().item() == pytest.approx(
+        torch.stack(losses).mean().item(), rel=1e-5
+    )
     mean = torch.stack([column(images).softmax(dim=1) for column in net.eval().members]).mean(dim=0)
     torch.testing.assert_close(net(images).softmax(dim=1), mean)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -174,6 +175,24 @@ def test_a_name_that_cannot_be_looked_up_stops_no_other(folder: Path) -> None:
     assert "File name too long" in str(prepare(sources[0], "auto", False))
     assert sources[1].message  # what it says depends on Python's version
     assert sources[2].picture == Path(good)
+
+
+def test_a_closed_folder_among_others_says_so_and_stops_none(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = list(find_pictures([str(folder)]))
+    (folder / "closed").mkdir()
+    scandir = os.scandir
+
+    def refuse(path: str) -> Any:
+        if Path(path).name == "closed":
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    for name in (folder, folder / "*"):
+        sources = list(find_pictures([str(name)]))
+        assert [source for source in sources if source.picture] == shown
+        assert Source(str(folder / "closed"), None, "Permission denied") in sources
+    assert list(find_pictures([str(folder / "closed")])) == [Source(str(folder / "closed"), None, "Permission denied")]
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="needs a folder that is closed to us")
