@@ -404,6 +404,25 @@ def test_a_damaged_test_is_told_in_one_line_with_what_to_type(
     assert not (run / "report" / "report.html").exists()
 
 
+def test_what_to_type_names_the_checkpoint_that_was_tested_or_that_there_is(run: Path) -> None:
+    def find_told() -> str:
+        with pytest.raises((ValueError, FileNotFoundError)) as caught:
+            report(run)
+        return str(caught.value).rsplit("/", 1)[-1]
+
+    checkpoints = run / "checkpoints"
+    (checkpoints / "last.ckpt").touch()
+    write_test(run, {}, checkpoint=str(checkpoints / "last.ckpt"))
+    (run / "report" / "predictions.csv").unlink()
+    assert find_told() == "last.ckpt"
+    write_test(run, {}, checkpoint="elsewhere/epoch_3.ckpt")  # no longer there
+    (run / "report" / "predictions.csv").unlink()
+    assert find_told() == "best.ckpt"
+    (run / "report" / "metrics.json").unlink()
+    (checkpoints / "best.ckpt").unlink()  # a run without validation keeps none
+    assert find_told() == "last.ckpt"
+
+
 def test_what_is_no_run_is_told_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such run"):
         report(tmp_path / "nowhere")

@@ -97,7 +97,8 @@ def report(run: Path | None = None) -> None:
     is_outside = (run / "metrics.json").is_file()
     folder = run if is_outside else run / "report"
     metrics = load_metrics(run, folder)
-    predictions = load_predictions(run, folder, int(metrics["num_images"]))
+    test_command = _test_command(run, str(metrics.get("checkpoint", "")))
+    predictions = load_predictions(folder, int(metrics["num_images"]), test_command)
     config = {} if is_outside else read_config(run / "config.yaml")
     module = load_data_module(config)
     data_dir = metrics.get("data_dir") or module.data_dir
@@ -105,7 +106,7 @@ def report(run: Path | None = None) -> None:
     try:
         results = match_predictions(predictions, digits, int(metrics["num_errors"]))
     except ValueError as error:
-        raise ValueError(f"{folder / 'predictions.csv'}: {error}; test again: {_test_command(run)}") from error
+        raise ValueError(f"{folder / 'predictions.csv'}: {error}; test again: {test_command}") from error
     history = None if is_outside else load_history(run, _find_monitored(config))
     page, charts = build_report(run, metrics, config, results, history, is_mnist=_is_mnist(digits))
     for name, png in charts.items():
@@ -158,13 +159,13 @@ def load_metrics(run: Path, folder: Path) -> dict[str, Any]:
     return dict(metrics)
 
 
-def load_predictions(run: Path, folder: Path, num_images: int) -> dict[str, Array]:
+def load_predictions(folder: Path, num_images: int, test_command: str) -> dict[str, Array]:
     """What the network said of each test image: the columns of ``predictions.csv``, (N,) each.
 
     Args:
-        run: its folder, to name it.
         folder: where the file is.
         num_images: how many rows there must be.
+        test_command: what to type when they are missing or damaged.
 
     Raises:
         FileNotFoundError: there is none.
@@ -175,7 +176,7 @@ def load_predictions(run: Path, folder: Path, num_images: int) -> dict[str, Arra
     path = folder / "predictions.csv"
     types = {"index": int, "label": int, "prediction": int, "confidence": float}
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing; test again: {_test_command(run)}")
+        raise FileNotFoundError(f"{path} is missing; test again: {test_command}")
     try:
         table = pd.read_csv(path, usecols=list(types), dtype=types)
         columns = {name: table[name].to_numpy() for name in types}
@@ -185,7 +186,7 @@ def load_predictions(run: Path, folder: Path, num_images: int) -> dict[str, Arra
             raise ValueError("predictions must be digits, and confidences lie in [0, 1]")
     except (ValueError, OverflowError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{path} is damaged ({reason}); test again: {_test_command(run)}") from error
+        raise ValueError(f"{path} is damaged ({reason}); test again: {test_command}") from error
     return columns
 
 
@@ -544,9 +545,13 @@ def _score(value: float) -> str:
     return "-" if np.isnan(value) else f"{value:.4f}"
 
 
-def _test_command(run: Path) -> str:
-    outside = run.with_name(f"{run.name.removesuffix('_report')}.ckpt")
-    checkpoint = outside if (run / "metrics.json").is_file() else run / "checkpoints" / "best.ckpt"
+def _test_command(run: Path, tested: str = "") -> str:
+    """What to type to test a run: the checkpoint tested before, else best.ckpt, else last.ckpt, as far as there."""
+    if (run / "metrics.json").is_file():
+        checkpoint = run.with_name(f"{run.name.removesuffix('_report')}.ckpt")
+    else:
+        candidates = [run / "checkpoints" / name for name in (Path(tested).name, "best.ckpt", "last.ckpt")]
+        checkpoint = next((path for path in candidates if path.is_file()), candidates[1])
     return shlex.join(["python", "-m", "digitnet", "test", "--ckpt_path", str(checkpoint)])
 
 
