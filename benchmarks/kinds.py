@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from digitnet.data import fetch_digits
-from digitnet.study.page import write_file
+from digitnet.files import write_file
 
 
 def main() -> None:

@@ -23,8 +23,8 @@ import torch
 from digitnet.checkpoints import load_net
 from digitnet.data import fetch_digits
 from digitnet.figures import draw_verdicts, render
+from digitnet.files import write_file
 from digitnet.model import run_in_batches
-from digitnet.study.page import write_file
 from digitnet.study.report import CLASSIC_TEST_START, KNOWN_WRONG
 
 VERDICTS = ("wrong label", "no digit", "ambiguous", "ours to fix", "not looked at yet")

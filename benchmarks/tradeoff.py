@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from digitnet.figures import draw_tradeoff, render
-from digitnet.study.page import write_file
+from digitnet.files import write_file
 
 TITLES = {
     "validation": ("How soon: the write-up's validation images", "mistakes in the first 5,000"),

@@ -19,7 +19,7 @@ from matplotlib.ticker import ScalarFormatter
 from digitnet.canvas import BLUE, GREY, VERMILION, WIDTH_IN, Array, make_figure, make_plain
 from digitnet.data import Digits, fetch_digits
 from digitnet.figures import render
-from digitnet.study.page import write_file
+from digitnet.files import write_file
 
 DISTANCES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000)
 BLOCK = 1_000

@@ -367,6 +367,35 @@ def test_killed_and_resumed_is_as_if_never_killed(
         assert scalars(whole, tag) == scalars(resumed, tag)
 
 
+@pytest.mark.parametrize("inside", [".", "checkpoints"])
+def test_going_on_and_testing_from_within_the_run_is_as_from_without(
+    digitnet: Run, tmp_path: Path, trained_run: Path, monkeypatch: pytest.MonkeyPatch, inside: str
+) -> None:
+    run = shutil.copytree(trained_run, tmp_path / "my logs" / "toy" / "version_0")
+    folder = (run / inside).resolve()
+    monkeypatch.chdir(folder)
+    last = os.path.relpath(run / "checkpoints" / "last.ckpt")
+    assert digitnet("fit", "--ckpt_path", last, "--trainer.max_epochs", 3) == 0
+    assert torch.load(last, weights_only=True)["epoch"] == 2
+    logger = yaml.safe_load((run / "config.yaml").read_text())["trainer"]["logger"]["init_args"]
+    assert (folder / logger["save_dir"] / logger["name"]).resolve() == run.parent
+    assert digitnet("test", "--ckpt_path", last) == 0
+    assert (run / "report" / "metrics.json").is_file()
+    assert {path.name for path in run.parent.iterdir()} == {"version_0"}
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt", "previous.ckpt"}
+
+
+def test_a_command_to_type_has_names_with_spaces_quoted(
+    digitnet: Run, tmp_path: Path, trained_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(trained_run, tmp_path / "my logs" / "version_0")
+    (run / "checkpoints" / "last.ckpt").write_bytes(b"cut")
+    (run / "checkpoints" / "previous.ckpt").unlink(missing_ok=True)
+    assert digitnet("fit", "--ckpt_path", run / "checkpoints" / "last.ckpt") == 1
+    told = capsys.readouterr().err.splitlines()[-1].rpartition("start anew: ")[2]
+    assert shlex.split(told) == ["python", "-m", "digitnet", "fit", "--config", "my logs/version_0/config.yaml"]
+
+
 def test_going_on_with_a_stopped_run_ends_at_once(digitnet: Run, tmp_path: Path) -> None:
     stopping = ("--early_stopping.patience", 1, "--early_stopping.min_delta", 1)  # nothing is a better accuracy by 1
     assert digitnet("fit", "--config", QUICKSTART, *SHORT, "--trainer.max_epochs", 9, *stopping) == 0

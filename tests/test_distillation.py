@@ -59,6 +59,17 @@ def test_members_of_the_pupils_view_answer_for_what_it_sees(
     assert not targets.requires_grad
 
 
+def test_a_pupil_in_another_precision_is_taught_the_same(tmp_path: Path) -> None:
+    state = {f"net.{name}": weight for name, weight in ZoomNet().state_dict().items()}
+    save_checkpoint({"state_dict": state, "pytorch-lightning_version": "2.6.6"}, tmp_path / "zoom.ckpt")
+    images, labels = torch.from_numpy(load_bundled_digits().images[:10])[:, None], torch.arange(10)
+    teacher, pupil = Teacher(tmp_path / "zoom.ckpt", label_frac=0.0), ZoomNet(dropout=0.0).eval()
+    expected = teacher.teach(pupil, images, labels)[1]
+    logits, targets = teacher.teach(pupil.double(), images, labels)
+    assert logits.dtype == torch.float64
+    torch.testing.assert_close(targets, expected, rtol=1e-3, atol=1e-5)
+
+
 def test_the_loss_is_towards_the_teacher_and_the_accuracy_of_the_labels(checkpoint: Path) -> None:
     teacher = Teacher(checkpoint, label_frac=0.0)
     module = DigitClassifier(dropout=0.0, teacher=teacher).eval()

@@ -16,7 +16,7 @@ from digitnet.augment import RandomAffine
 from digitnet.calibration import MIN_CONFIDENCE, Calibration, Detector
 from digitnet.data import DigitDataset
 from digitnet.machine import choose_precision
-from digitnet.model import Committee, Network, run_in_batches
+from digitnet.model import Committee, Network, run_in_batches, to_levels
 from digitnet.near_misses import blur, make_near_misses
 
 TARGET_ACCURACY = 0.999  # of the answers that are not called uncertain
@@ -122,7 +122,7 @@ def fit_detector(images: Tensor, labels: Tensor, device: torch.device, generator
     """
     detector = Detector().to(memory_format=torch.channels_last).to(device)
     precision, _ = choose_precision(device.type)
-    digits = images.float() / 255
+    digits = to_levels(images)
     pictures = torch.cat([digits, make_near_misses(digits, labels, generator, 2 * len(digits))])
     targets = torch.cat([labels, labels.new_full((len(pictures) - len(digits),), 10)])
     batch_size = min(BATCH_SIZE, len(pictures))

@@ -27,7 +27,7 @@ from digitnet.calibrate import fit_calibration
 from digitnet.checkpoints import save_checkpoint
 from digitnet.classifier import DigitClassifier
 from digitnet.data import MNISTDataModule, find_data
-from digitnet.files import replace_whole, shorten
+from digitnet.files import shorten, tell_command, write_file
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -83,8 +83,8 @@ class SaveConfig(SaveConfigCallback):
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         for logger in trainer.loggers:
             if logger.log_dir:
-                with replace_whole(Path(logger.log_dir, self.config_filename)) as part:
-                    part.write_text(self.parser.dump(self.config, skip_none=False))
+                text = self.parser.dump(self.config, skip_none=False)
+                write_file(Path(logger.log_dir, self.config_filename), text.encode())
                 break
 
 
@@ -293,8 +293,7 @@ class HyperparameterSummary(Callback):
         return {"figures": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        before = {"val/acc": state_dict["best"], "val/loss": torch.inf} if "best" in state_dict else {}  # older ones
-        self.best = state_dict.get("figures", before)
+        self.best = state_dict["figures"]
 
 
 class StopOnNaN(Callback):
@@ -380,12 +379,12 @@ class StopCleanly(Callback):
         if last and last.best_model_path and was_calibrating:
             rank_zero_info(
                 "stopped while calibrating, the training done. "
-                f"To calibrate: python -m digitnet fit --ckpt_path {last.best_model_path}"
+                f"To calibrate: {tell_command('fit', '--ckpt_path', last.best_model_path)}"
             )
         elif last and last.best_model_path:
             rank_zero_info(
                 f"stopped in epoch {trainer.current_epoch}; the epochs before it are kept. "
-                f"To go on: python -m digitnet fit --ckpt_path {last.best_model_path}"
+                f"To go on: {tell_command('fit', '--ckpt_path', last.best_model_path)}"
             )
         else:
             rank_zero_info(f"stopped in epoch {trainer.current_epoch}, before the first checkpoint; nothing is kept")

@@ -9,13 +9,14 @@ import io
 import math
 import os
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from digitnet.files import replace_whole, shorten
+from digitnet.files import replace_whole, shorten, tell_command
 from digitnet.model import (
     Committee,
     DigitNet,
@@ -50,8 +51,9 @@ def find_newest(filename: str, log_dir: Path = LOG_DIR) -> Path:
 
 def find_run(checkpoint: Path) -> Path | None:
     """The run folder that a checkpoint belongs to, None when it lies elsewhere."""
-    run = shorten(checkpoint.parent.parent)  # as when the run began: Lightning compares the text
-    return run if checkpoint.parent.name == "checkpoints" and (run / "config.yaml").is_file() else None
+    folder = checkpoint.absolute().parent
+    run = shorten(folder.parent)  # as when the run began: Lightning compares the text
+    return run if folder.name == "checkpoints" and (run / "config.yaml").is_file() else None
 
 
 def find_folder(checkpoint: Path, name: str) -> Path:
@@ -193,8 +195,29 @@ def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
         kept = "the one before it is kept" if path.is_file() else "nothing is kept"
         last = path.with_name("last.ckpt")
         can_go_on = last.is_file() and find_run(last)
-        advice = f". Make room, then go on: python -m digitnet fit --ckpt_path {shorten(last)}" if can_go_on else ""
+        advice = f". Make room, then go on: {tell_command('fit', '--ckpt_path', shorten(last))}" if can_go_on else ""
         raise OSError(f"cannot save {path} ({os.strerror(error.errno or 0)}); {kept}{advice}") from error
+
+
+def save_weights(net: nn.Module, path: Path, **more: Any) -> None:
+    """Write a network as a checkpoint of no training, for ``test``, ``predict`` and the like.
+
+    Args:
+        net: its weights are written.
+        path: the file; whole or not at all.
+        more: what else it shall hold, such as ``calibration``.
+
+    Raises:
+        OSError: it cannot be written; the old one is as it was.
+    """
+    ours = {
+        "state_dict": {f"net.{name}": weight for name, weight in net.state_dict().items()},
+        "hyper_parameters": {},
+        "pytorch-lightning_version": version("lightning"),
+        "epoch": 0,
+        "global_step": 0,
+    }
+    save_checkpoint(ours | more, path)
 
 
 def choose_resumable(path: Path) -> tuple[Path, str]:
@@ -217,7 +240,7 @@ def choose_resumable(path: Path) -> tuple[Path, str]:
             verify_checkpoint(previous, to_resume=True)
         except ValueError as other:
             run = find_run(path)
-            again = f"; start anew: python -m digitnet fit --config {run / 'config.yaml'}" if run else ""
+            again = f"; start anew: {tell_command('fit', '--config', run / 'config.yaml')}" if run else ""
             why = f"{other}" if previous.is_file() else "there is no previous.ckpt beside it"
             raise ValueError(f"{error}; {why}{again}") from error
         return previous, str(error)

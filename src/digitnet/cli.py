@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import logging
 import math
-import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -25,6 +24,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
+from digitnet.augment import verify_augmentation
 from digitnet.callbacks import (
     Calibrate,
     HyperparameterSummary,
@@ -55,7 +55,7 @@ from digitnet.checkpoints import (
 from digitnet.classifier import DigitClassifier
 from digitnet.data import MNISTDataModule
 from digitnet.errors import OneLineErrors
-from digitnet.files import shorten
+from digitnet.files import shorten, tell_command
 from digitnet.guards import FIXED, claim_folder, explain_failures, verify_clipping, verify_monitor, verify_settings
 from digitnet.imports import limit_imports
 from digitnet.machine import choose_precision, keep_freed_memory
@@ -113,7 +113,7 @@ class DigitCLI(LightningCLI):
 
     def __init__(self, args: list[str]) -> None:
         self.args = args
-        self.command = shlex.join(["python", "-m", "digitnet", *args])
+        self.command = tell_command(*args)
         self.checkpoint: Path | None = None
         self.run_dir: Path | None = None  # of the checkpoint, when it lies in a run's folder
         self.trained_on: dict[str, Any] = {}  # the checkpoint's data
@@ -205,7 +205,7 @@ class DigitCLI(LightningCLI):
             if model[name] != before[name]:
                 raise ValueError(
                     f"model.{name} is not that of {path.parent}: going on keeps the run's; to train with another, "
-                    f"start anew: python -m digitnet fit --config {path}, and your flags"
+                    f"start anew: {tell_command('fit', '--config', path)}, and your flags"
                 )
 
     def _parse_ckpt_path(self) -> None:
@@ -239,9 +239,10 @@ class DigitCLI(LightningCLI):
                 f"going on in {run_dir} takes a run with one logger, TensorBoardLogger; its config.yaml or "
                 "--trainer.logger names another"
             )
-        logger.init_args.save_dir = str(run_dir.parent.parent)
-        logger.init_args.name = run_dir.parent.name
-        logger.init_args.version = run_dir.name
+        run = run_dir.absolute()  # of "." there is no name
+        logger.init_args.save_dir = str(shorten(run.parent.parent))
+        logger.init_args.name = run.parent.name
+        logger.init_args.version = run.name
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         settings = self._get(self.config_init, "trainer")
@@ -350,8 +351,6 @@ class DigitCLI(LightningCLI):
                     f"leaves out of training; give {list(settings['split'])}, as {name} had it, or another"
                 )
         if data.augmentation is not None:
-            from digitnet.augment import verify_augmentation  # torchvision takes a second that others need not wait
-
             verify_augmentation(data.augmentation, data.datasets[0].images[:8].to(self.trainer.strategy.root_device))
 
     def _check_schedule(self, scheduler: Any) -> None:

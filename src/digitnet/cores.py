@@ -7,6 +7,6 @@ import os
 
 def count_cores() -> int:
     """The cores that this process may run on, at least 1; all of the machine's where the system does not tell."""
-    if hasattr(os, "sched_getaffinity"):  # on Linux: fewer than there are under taskset, or in a container
+    if hasattr(os, "sched_getaffinity"):  # on Linux: fewer under taskset or a container's cpuset, not by its quota
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

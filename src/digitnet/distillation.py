@@ -57,7 +57,8 @@ class Teacher:
         seen = pupil.see(images)
         with torch.no_grad():
             members = [member.to(images.device) for member in self.members]
-            answers = [member.score(seen) if member.VIEW is pupil.VIEW else member(images) for member in members]
+            view = seen.to(next(members[0].parameters()).dtype)  # the pupil may be trained in another
+            answers = [member.score(view) if member.VIEW is pupil.VIEW else member(images) for member in members]
             probabilities = torch.stack([logits.float().softmax(dim=1) for logits in answers]).mean(dim=0)
             targets = torch.lerp(probabilities, F.one_hot(labels, 10).float(), self.label_frac)
         return pupil.score(seen), targets

@@ -1,10 +1,11 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and how paths and commands are told."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import os
+import shlex
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,12 @@ def replace_whole(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)  # also after a rename: that of a second name of the same file does nothing
 
 
+def write_file(path: Path, data: bytes) -> None:
+    """Write all or nothing. Missing folders are made."""
+    with replace_whole(path) as part:
+        part.write_bytes(data)
+
+
 def make_writable(folder: Path, flag: str) -> None:
     """Make a folder if it is not there, and try it, before hours of work whose results it shall keep.
 
@@ -55,3 +62,8 @@ def shorten(path: str | Path) -> Path:
         return Path(os.path.relpath(path))
     except ValueError:
         return Path(path)
+
+
+def tell_command(*arguments: str | Path) -> str:
+    """What to type to call digitnet: names with spaces are quoted."""
+    return shlex.join(["python", "-m", "digitnet", *map(str, arguments)])

@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from digitnet.classifier import METRICS
 from digitnet.errors import nearest_name
-from digitnet.files import PART, make_writable
+from digitnet.files import PART, make_writable, tell_command
 
 # What makes best.ckpt the best epoch's and last.ckpt the last one's.
 FIXED_FOR_BOTH = {
@@ -58,7 +58,8 @@ def claim_folder(logger: TensorBoardLogger, to_go_on: bool) -> Iterator[None]:
     folder = Path(logger.log_dir)
     make_writable(folder, flag)
     if (folder / "config.yaml").exists() and not to_go_on:
-        raise ValueError(f"{folder} holds a run; go on with fit --ckpt_path {folder}/checkpoints/last.ckpt")
+        go_on = tell_command("fit", "--ckpt_path", folder / "checkpoints" / "last.ckpt")
+        raise ValueError(f"{folder} holds a run; to go on: {go_on}")
     with _lock(folder) as is_locked:
         if is_locked:
             for abandoned in folder.rglob(f"{PART}*"):  # by a process that was killed: no other is at work here

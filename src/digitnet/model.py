@@ -67,8 +67,8 @@ class DigitNet(SingleNet):
     Args:
         dropout: probability of dropping a unit after each of the two hidden dense layers, in [0, 1).
         conv_dropout: probability of dropping a value after each of the three poolings, in [0, 1).
-        batch_norm: whether to train with batch normalization of each hidden layer, which ``fold`` then makes part of
-            these layers. Not in the write-up; no parameter more.
+        batch_norm: whether to train with batch normalization of each hidden layer, which ``folded`` then makes part
+            of these layers. Not in the write-up; no parameter more.
 
     Raises:
         ValueError: when a probability lies outside [0, 1).

@@ -8,6 +8,7 @@ import lightning as L
 import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from digitnet import figures
 from digitnet.augment import preview_augmentation
 from digitnet.data import find_data
 from digitnet.scores import CollectScores
@@ -77,22 +78,17 @@ class Pictures(CollectScores):
 
     @staticmethod
     def _draw_augmentation(data: Any, writer: Any) -> None:
-        from digitnet import figures  # matplotlib takes a second that other commands need not wait for
-
         originals = data.datasets[0].images[:NUM_ORIGINALS, 0].numpy()
         draws = preview_augmentation(data.augmentation, originals, NUM_DRAWS, seed=0)
         figure = figures.draw_augmentation(originals, draws, "The first training images, augmented")
         writer.add_figure("train/augmentation", figure, 0, close=False)
 
     def _draw_validation(self, trainer: L.Trainer) -> None:
-        from digitnet import figures
-
         self.drawn_step = trainer.global_step
         step = max(0, trainer.global_step - 1)  # where val/acc is
-        logits, labels = (scores.numpy() for scores in self.gather(trainer))
+        scores, targets = self.gather(trainer)
+        probabilities, labels = scores.softmax(dim=1).numpy(), targets.numpy()
         images = find_data(trainer).datasets[1].images[: len(labels), 0].numpy()
-        odds = np.exp(logits - logits.max(axis=1, keepdims=True))
-        probabilities = odds / odds.sum(axis=1, keepdims=True)
         predictions, confidences = probabilities.argmax(axis=1), probabilities.max(axis=1)
         for writer in self._find_writers(trainer):
             confusion = figures.draw_confusion(labels, predictions)

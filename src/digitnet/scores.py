@@ -16,7 +16,7 @@ from torch import Tensor
 
 from digitnet.checkpoints import count_trained_on, find_folder, find_run, read_data_settings, read_temperature
 from digitnet.data import find_data
-from digitnet.files import replace_whole, shorten
+from digitnet.files import shorten, write_file
 from digitnet.machine import describe_hardware, list_versions
 
 
@@ -119,10 +119,8 @@ class WriteScores(CollectScores):
         rows = ["index,label,prediction,confidence"]
         for offset, row in enumerate(zip(labels.tolist(), prediction.tolist(), confidence.tolist(), strict=True)):
             rows.append(f"{start + offset},{row[0]},{row[1]},{row[2]:.6f}")
-        with replace_whole(self.report_dir / f"{prefix}predictions.csv") as part:
-            part.write_text("\n".join(rows) + "\n")
-        with replace_whole(self.report_dir / f"{prefix}metrics.json") as part:
-            part.write_text(json.dumps(metrics, indent=2) + "\n")
+        write_file(self.report_dir / f"{prefix}predictions.csv", ("\n".join(rows) + "\n").encode())
+        write_file(self.report_dir / f"{prefix}metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
         named = "test" if subset == "test" else "validation"
         print(
             f"images    {num_images:,} of {named} ({data.source}, {start:,} to {start + num_images - 1:,})\n"

@@ -377,6 +377,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "empty metrics": (edit("metrics.json", lambda text: ""), "metrics.json is damaged"),
     "cut metrics": (edit("metrics.json", lambda text: text[:40]), "metrics.json is damaged"),
     "other metrics": (edit("metrics.json", lambda text: '{"num_images": 250}'), "no 'num_errors'"),
+    "no data set": (edit("metrics.json", lambda text: text.replace('"dataset"', '"data"')), "no 'dataset'"),
     "endless metrics": (edit("metrics.json", lambda text: '{"num_images": 1e999, "num_errors": 0}'), "is damaged"),
     "no such index": (edit("predictions.csv", lambda text: text.replace("\n1547,", f"\n{10**25},")), "is damaged"),
     "empty predictions": (edit("predictions.csv", lambda text: ""), "predictions.csv is damaged"),
@@ -402,6 +403,28 @@ def test_a_damaged_test_is_told_in_one_line_with_what_to_type(
     assert line.endswith(f"python -m digitnet test --ckpt_path {run / 'checkpoints' / 'best.ckpt'}")
     assert "\n" not in line
     assert not (run / "report" / "report.html").exists()
+
+
+def test_a_report_of_the_folder_one_is_in(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run / "report")
+    report(Path())  # the run's
+    assert read_page(run).text.endswith("Made by python -m digitnet report --run .. from what the run's folder holds.")
+    outside = (run / "report").rename(run.parents[1] / "my own_report")
+    (outside / "report.html").unlink()
+    monkeypatch.chdir(outside)
+    report(Path())
+    assert (outside / "report.html").is_file()
+    (outside / "predictions.csv").unlink()
+    with pytest.raises(
+        FileNotFoundError, match=re.escape(f"digitnet test --ckpt_path '{outside.with_name('my own.ckpt')}'")
+    ):
+        report(Path())
+
+
+def test_a_report_takes_nothing_of_how_the_run_was_trained(run: Path) -> None:
+    (run / "config.yaml").write_text(f"{CONFIG}model:\n  x: 1\n".replace("data:", "data:\n  augmentation: my.Own"))
+    report(run)
+    assert (run / "report" / "report.html").is_file()
 
 
 def test_what_to_type_names_the_checkpoint_that_was_tested_or_that_there_is(run: Path) -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import cast
 
-import lightning as L
 import torch
 
 from digitnet.calibrate import fit_calibration, fit_max_score
 from digitnet.calibration import read_calibration
-from digitnet.checkpoints import load_net, read_data_settings, save_checkpoint
+from digitnet.checkpoints import load_net, read_data_settings, save_weights
 from digitnet.data import MNISTDataModule
 from digitnet.model import Committee, SingleNet
 
@@ -67,15 +66,7 @@ def committee(checkpoints: list[Path], output: Path = Path("committee.ckpt"), da
         calibration.detector = firsts.detector
         images = module.datasets[1].images
         fit_max_score(calibration, torch.zeros(len(images), 10), images, torch.device("cpu"))
-    combined = {
-        "state_dict": {f"net.{name}": weight for name, weight in net.state_dict().items()},
-        "calibration": calibration.state_dict(),
-        "datamodule_hyper_parameters": first.get("datamodule_hyper_parameters", {}),
-        "hyper_parameters": {},
-        "pytorch-lightning_version": L.__version__,
-        "epoch": 0,
-        "global_step": 0,
-    }
-    save_checkpoint(combined, output)
+    data_settings = first.get("datamodule_hyper_parameters", {})
+    save_weights(net, output, calibration=calibration.state_dict(), datamodule_hyper_parameters=data_settings)
     num_parameters = sum(weight.numel() for weight in net.parameters())
     print(f"{output}: {len(members)} networks, {num_parameters:,} parameters")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib
 import io
-import logging
 import os
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from digitnet.checkpoints import load_net, save_weights
 from digitnet.files import replace_whole
 from digitnet.model import DigitNet
 
@@ -54,7 +54,9 @@ def convert(source: Path, target: Path) -> None:
         raise FileNotFoundError(f"cannot write {target}: there is no folder {target.parent}")
     state_dict = load_checkpoint(source) if source.suffix == ".ckpt" else load_keras_weights(source)
     if target.suffix == ".ckpt":
-        save_checkpoint(state_dict, target)
+        net = DigitNet()
+        net.load_state_dict(state_dict)
+        save_weights(net, target)
     else:
         save_keras_weights(state_dict, target)
     print(f"{source} -> {target}: {sum(tensor.numel() for tensor in state_dict.values()):,} parameters")
@@ -252,32 +254,12 @@ def load_checkpoint(path: Path) -> dict[str, Tensor]:
         FileNotFoundError: there is no such file.
         ValueError: damaged, not a checkpoint, or another architecture's.
     """
-    from digitnet.checkpoints import load_net
-
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     net = load_net(path)[0]
     if not isinstance(net, DigitNet):
         raise ValueError(f"{path} holds a {type(net).__name__}; the write-up's Keras model is a DigitNet")
     return net.state_dict()
-
-
-def save_checkpoint(state_dict: Mapping[str, Tensor], path: Path) -> None:
-    """Write a DigitNet's weights as a Lightning checkpoint of DigitClassifier; all of it or nothing."""
-    from lightning.pytorch import Trainer
-
-    from digitnet.classifier import DigitClassifier
-
-    model = DigitClassifier()
-    model.net.load_state_dict(state_dict)
-    logging.disable(logging.INFO)  # what a Trainer says of the hardware is no news here
-    try:
-        trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
-    finally:
-        logging.disable(logging.NOTSET)
-    trainer.strategy.connect(model)  # what fit and test do first; saving needs nothing else
-    with replace_whole(path) as part:
-        trainer.save_checkpoint(part, weights_only=True)
 
 
 def _require(package: str) -> Any:

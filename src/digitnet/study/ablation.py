@@ -21,7 +21,6 @@ import itertools
 import json
 import math
 import re
-import shlex
 import shutil
 import statistics
 import sys
@@ -30,6 +29,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import lightning as L
 import pandas as pd
 import yaml
 
@@ -37,11 +37,10 @@ from digitnet.checkpoints import find_run, verify_checkpoint
 from digitnet.cli import main
 from digitnet.data.sources import NAMES
 from digitnet.errors import nearest_name, to_one_line
-from digitnet.files import make_writable
+from digitnet.files import make_writable, tell_command, write_file
 from digitnet.guards import discard_run
 from digitnet.machine import describe_hardware, list_versions
 from digitnet.study.explore import read_config
-from digitnet.study.page import write_file
 from digitnet.study.report import load_history
 
 FIRST_SEED = 42
@@ -127,7 +126,7 @@ def ablate(folder: Path, seeds: int = 1, shard: str = "1/1", output: Path = Path
         raise ValueError(f"{len(failures)} of {len(pending)} runs failed, the others are kept: {'; '.join(failures)}")
     written = write_tables(tables, load_results(output), output)
     if not written:
-        remedy = f"train them: python -m digitnet ablate {shlex.quote(str(folder))}"
+        remedy = f"train them: {tell_command('ablate', folder)}"
         raise FileNotFoundError(f"no row of {folder} has finished under {output} yet; {remedy}")
     print("\n".join(written))
 
@@ -300,6 +299,24 @@ def count_epochs(row: Row) -> int:
 # --- one run ----------------------------------------------------------------------------------------------------------
 
 
+def fit_or_go_on(flags: list[str], seed: int, run: Path) -> L.Trainer:
+    """Call ``fit`` with these flags and a run's seed and folder, or go on with the run where it has a checkpoint.
+
+    Without calibration, which is no part of the figures, and minutes of work.
+    """
+    last = run / "checkpoints" / "last.ckpt"
+    if last.is_file() and find_run(last):
+        return main(["fit", f"--ckpt_path={last}"]).trainer
+    discard_run(run)  # stopped in its first epoch
+    place = {"save_dir": str(run.parent.parent), "name": run.parent.name, "version": run.name}
+    logger = {
+        "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+        "init_args": {**place, "default_hp_metric": False},
+    }
+    ours = [f"--seed_everything={seed}", f"--trainer.logger={json.dumps(logger)}"]
+    return main(["fit", *flags, *ours, "--trainer.devices=1", "--calibration.num_digits=0"]).trainer
+
+
 def train(row: Row, seed: int, output: Path) -> Result:
     """Train a row, or go on after the last whole epoch of a run that was stopped; leave and return its result.
 
@@ -314,15 +331,7 @@ def train(row: Row, seed: int, output: Path) -> Result:
     tag = row.digest[:8]
     run = next(output.glob(f"*-{tag}"), output / f"{row.path.stem}-{tag}") / f"seed_{seed}"
     last = run / "checkpoints" / "last.ckpt"
-    if last.is_file() and find_run(last):
-        flags = [f"--ckpt_path={last}"]
-    else:
-        discard_run(run)  # stopped in its first epoch
-        place = {"save_dir": str(output), "name": run.parent.name, "version": run.name, "default_hp_metric": False}
-        logger = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": place}
-        flags = [*row.flags, f"--seed_everything={seed}", f"--trainer.logger={json.dumps(logger)}"]
-        flags += ["--trainer.devices=1", "--trainer.enable_model_summary=false", "--calibration.num_digits=0"]
-    trainer = main(["fit", *flags]).trainer
+    trainer = fit_or_go_on([*row.flags, "--trainer.enable_model_summary=false"], seed, run)
     history = load_history(run)
     if history is None:
         raise ValueError(f"{run} has no training and validation accuracy of any epoch")
@@ -423,7 +432,7 @@ def render_table(table: Table, frame: pd.DataFrame, results: list[Result]) -> st
     orders = [f"- {text}" for key in MEASURES if (text := compare_orders(frame, key))]
     runs = [result for result in results if result["config_sha256"] in {row.digest for row in table.rows}]
     machines = sorted({f"{run['hardware']}, {run['precision']}, torch {run['versions']['torch']}" for run in runs})
-    command = f"python -m digitnet ablate {shlex.quote(str(table.folder))} --seeds {frame['n'].max()}"
+    command = tell_command("ablate", table.folder, "--seeds", str(frame["n"].max()))
     notes = (
         "Each figure of ours: mean ± sample standard deviation over n seeds, at the last epoch. Within the spread: a "
         "difference smaller than √(s₁² + s₂²); with n = 1 there is none, and chance cannot be told from effect. "

@@ -12,7 +12,6 @@ import copy
 import json
 import math
 import resource
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -35,10 +34,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from digitnet.classifier import DigitClassifier
 from digitnet.cli import DigitCLI, prepare_process
 from digitnet.data import MNISTDataModule, find_data
-from digitnet.files import make_writable
+from digitnet.files import make_writable, tell_command, write_file
 from digitnet.machine import describe_hardware, list_versions
 from digitnet.model import DigitNet
-from digitnet.study.page import write_file
 from digitnet.winograd import MIN_BATCH
 
 COMPLAINTS = "keras.stderr"
@@ -86,7 +84,7 @@ def benchmark(
         cli = time_fit(config, steps, rounds, turns, folder)
     steps = turns.steps  # of a small data set, fewer
     result = {
-        "command": f"python -m digitnet benchmark --config {shlex.quote(config.as_posix())}"
+        "command": tell_command("benchmark", "--config", config.as_posix())
         + f" --steps {steps} --rounds {rounds}"
         + (" --keras_python PYTHON" if keras_python and turns.keras_python else ""),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

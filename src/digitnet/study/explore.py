@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,14 +13,15 @@ from digitnet import figures
 from digitnet.augment import Augmentation, RandomAffine, preview_augmentation
 from digitnet.data import MNISTDataModule
 from digitnet.errors import nearest_name, to_one_line
+from digitnet.files import tell_command, write_file
 from digitnet.imports import limit_imports
 from digitnet.model import ARCHITECTURES, DigitNet, SingleNet
-from digitnet.study.page import render_page, write_file
+from digitnet.study.page import render_page
 
 NUM_DRAWS = 8
 SECTIONS = (  # of a config of fit
     "seed_everything", "trainer", "model", "data", "early_stopping", "best_checkpoint", "last_checkpoint", "pictures",
-    "calibration", "ckpt_path", "weights_only",
+    "calibration", "ckpt_path",
 )  # fmt: skip
 # Source: the write-up's Keras layers, RandomRotation(0.05) and RandomTranslation(0.1, 0.1).
 WRITEUP_PREVIEWS = {  # name: (heading, title of the figure, what to draw)
@@ -77,7 +77,7 @@ def explore(config: Path | None = None, folder: Path = Path("explore"), seed: in
         source=module.source,
         lead=f"{sum(module.split):,} images in order: {train:,} to train on, {val:,} to validate, {test:,} to test.",
         pictures=pictures,
-        command=shlex.join(["python", "-m", "digitnet", "explore", *typed]),
+        command=tell_command("explore", *typed),
     )
     write_file(folder / "index.html", page)
     print(f"{folder / 'index.html'}: {len(pictures)} figures of {module.source}, each as PNG and SVG")

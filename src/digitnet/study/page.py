@@ -1,15 +1,12 @@
-"""Web pages that open from disk with no network, and files that are written whole or not at all."""
+"""Web pages that open from disk with no network."""
 
 from __future__ import annotations
 
 import base64
 import io
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from digitnet.files import replace_whole
 
 
 def render_page(template: str, **values: Any) -> bytes:
@@ -43,9 +40,3 @@ def embed_digit(image: np.ndarray) -> str:
     buffer = io.BytesIO()
     Image.fromarray(255 - image).save(buffer, "PNG", optimize=True)
     return embed_png(buffer.getvalue())
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write all or nothing. Missing folders are made."""
-    with replace_whole(path) as part:
-        part.write_bytes(data)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
 import statistics
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -20,14 +19,19 @@ import yaml
 from torch import Tensor
 
 from digitnet.checkpoints import choose_resumable, find_run, load_net, verify_checkpoint
-from digitnet.cli import main
 from digitnet.data import MNISTDataModule, fetch_digits
-from digitnet.files import make_writable
-from digitnet.guards import discard_run
+from digitnet.files import make_writable, tell_command, write_file
 from digitnet.machine import describe_hardware, list_versions
 from digitnet.model import Network, run_in_batches
-from digitnet.study.ablation import FIRST_SEED, load_row, measure_seconds, parse_shard, resolve, verify_unchanged
-from digitnet.study.page import write_file
+from digitnet.study.ablation import (
+    FIRST_SEED,
+    fit_or_go_on,
+    load_row,
+    measure_seconds,
+    parse_shard,
+    resolve,
+    verify_unchanged,
+)
 from digitnet.study.report import KNOWN_WRONG
 
 SPLIT = (60_000, 5_000, 5_000)  # all training images; the 10,000 test images in two halves, the second the write-up's
@@ -95,7 +99,8 @@ def protocol(
     on the last of them. Stop it when you like: the same command goes on, and neither trains nor scores a seed twice.
 
     Args:
-        config: a config of fit whose schedule ends by itself, such as configs/fast.yaml.
+        config: a config of fit whose schedule ends by itself, such as configs/fast.yaml. A base.yaml beside it comes
+            first, as in ablate.
         seeds: how many: 42, 43, and so on.
         holdout: how many of the training images are scored in place of the test images, such as 10000. A schedule
             that counts steps is shortened by as much.
@@ -184,18 +189,9 @@ def train(flags: list[str], seed: int, run: Path, num_epochs: int) -> None:
     last = run / "checkpoints" / "last.ckpt"
     if last.is_file() and find_run(last):
         sound, _ = choose_resumable(last)
-        if sound != last or verify_checkpoint(last)["epoch"] + 1 < num_epochs:
-            main(["fit", f"--ckpt_path={last}"])
-        return
-    discard_run(run)  # stopped in its first epoch
-    place = {"save_dir": str(run.parent.parent), "name": run.parent.name, "version": run.name}
-    logger = {
-        "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
-        "init_args": {**place, "default_hp_metric": False},
-    }
-    ours = [f"--early_stopping.patience={num_epochs + 1}", "--trainer.devices=1"]
-    ours += ["--calibration.num_digits=0"]  # no part of the figure, and minutes of work
-    main(["fit", *flags, *ours, f"--seed_everything={seed}", f"--trainer.logger={json.dumps(logger)}"])
+        if sound == last and verify_checkpoint(last)["epoch"] + 1 >= num_epochs:
+            return  # stopped before it was scored
+    fit_or_go_on([*flags, f"--early_stopping.patience={num_epochs + 1}"], seed, run)
 
 
 def score(run: Path, seed: int, num_epochs: int, module: MNISTDataModule, holdout: int = 0) -> Result:
@@ -314,7 +310,7 @@ def render_table(config: Path, results: list[Result], holdout: int = 0) -> str:
     machines = sorted({describe_circumstances(result) for result in results})
     trained, scored = f"all {SPLIT[0]:,} training images", "scored at the last epoch, once per seed"
     num_seeds = max(one["seed"] for one in results) - FIRST_SEED + 1
-    asked = f"python -m digitnet protocol {shlex.quote(str(config))} --seeds {num_seeds}"
+    asked = tell_command("protocol", config, "--seeds", str(num_seeds))
     if holdout:
         trained, scored = f"the first {SPLIT[0] - holdout:,} training images", f"scored on the next {holdout:,}"
         asked += f" --holdout {holdout}"

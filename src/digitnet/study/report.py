@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shlex
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,8 +14,9 @@ from digitnet.canvas import Array
 from digitnet.checkpoints import FIT_HINT, LOG_DIR
 from digitnet.data import Digits, fetch_digits, verify_mnist
 from digitnet.figures import History
-from digitnet.study.explore import load_data_module, read_config
-from digitnet.study.page import embed_digit, embed_png, render_page, write_file
+from digitnet.files import shorten, tell_command, write_file
+from digitnet.study.explore import read_config
+from digitnet.study.page import embed_digit, embed_png, render_page
 
 MAX_CARDS = 400  # mistakes on the page, about 400 bytes each; a hopeless network makes thousands
 NUM_LEAST_SURE = 24
@@ -92,17 +92,16 @@ def report(run: Path | None = None) -> None:
         ValueError: what the test left is damaged, or is not about the run's data.
     """
     run = find_tested_run() if run is None else run
-    if run.name == "report" and (run.parent / "config.yaml").is_file():
-        run = run.parent
+    folder = run.absolute()
+    if folder.name == "report" and (folder.parent / "config.yaml").is_file():
+        run = shorten(folder.parent)
     is_outside = (run / "metrics.json").is_file()
     folder = run if is_outside else run / "report"
     metrics = load_metrics(run, folder)
     test_command = _test_command(run, str(metrics.get("checkpoint", "")))
     predictions = load_predictions(folder, int(metrics["num_images"]), test_command)
     config = {} if is_outside else read_config(run / "config.yaml")
-    module = load_data_module(config)
-    data_dir = metrics.get("data_dir") or module.data_dir
-    digits = fetch_digits(str(metrics.get("dataset") or module.source), Path(data_dir) if data_dir else None)
+    digits = fetch_digits(metrics["dataset"], metrics.get("data_dir"))
     try:
         results = match_predictions(predictions, digits, int(metrics["num_errors"]))
     except ValueError as error:
@@ -139,7 +138,7 @@ def load_metrics(run: Path, folder: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such run, or no test yet.
-        ValueError: damaged, or without the number of images and mistakes.
+        ValueError: damaged, or without the data set, or the number of images and mistakes.
     """
     path = folder / "metrics.json"
     if not run.is_dir():
@@ -153,6 +152,8 @@ def load_metrics(run: Path, folder: Path) -> dict[str, Any]:
     try:
         metrics = json.loads(path.read_text())
         {key: int(metrics[key]) for key in ("num_images", "num_errors")}
+        if not isinstance(metrics["dataset"], str):
+            raise TypeError(f"dataset {metrics['dataset']}")
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{path} is damaged ({reason}); test again: {_test_command(run)}") from error
@@ -314,6 +315,7 @@ def build_report(
     page = render_page(
         "report.html",
         run=run.as_posix(),
+        command=tell_command("report", "--run", run.as_posix()),
         data=f"{num_images:,} test images ({'MNIST' if is_mnist else metrics.get('dataset', 'your own')})",
         accuracy=_accuracy(num_errors, num_images),
         interval=_interval(num_errors, num_images),
@@ -371,7 +373,7 @@ def _list_facts(metrics: dict[str, Any], config: dict[str, Any], history: Histor
 
 def _tell_calibration(temperature: Any) -> dict[str, str]:
     """Which confidences these are, in a word and in a sentence."""
-    if not isinstance(temperature, float):  # None, or a test of before it was written down
+    if not isinstance(temperature, float):
         told = "The confidences are the network's own: this checkpoint was tested without a calibration."
         return {"word": "not calibrated", "text": told}
     told = f"The confidences are calibrated, as predict's are: logits divided by a temperature of {temperature:.3f}."
@@ -548,11 +550,12 @@ def _score(value: float) -> str:
 def _test_command(run: Path, tested: str = "") -> str:
     """What to type to test a run: the checkpoint tested before, else best.ckpt, else last.ckpt, as far as there."""
     if (run / "metrics.json").is_file():
-        checkpoint = run.with_name(f"{run.name.removesuffix('_report')}.ckpt")
+        folder = run if run.name else run.absolute()  # "." has no name
+        checkpoint = folder.with_name(f"{folder.name.removesuffix('_report')}.ckpt")
     else:
         candidates = [run / "checkpoints" / name for name in (Path(tested).name, "best.ckpt", "last.ckpt")]
         checkpoint = next((path for path in candidates if path.is_file()), candidates[1])
-    return shlex.join(["python", "-m", "digitnet", "test", "--ckpt_path", str(checkpoint)])
+    return tell_command("test", "--ckpt_path", checkpoint)
 
 
 def _is_mnist(digits: Digits) -> bool:

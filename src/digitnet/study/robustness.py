@@ -12,12 +12,11 @@ import torch
 from digitnet import figures
 from digitnet.checkpoints import count_trained_on, find_folder, find_newest, find_run, load_net, read_data_settings
 from digitnet.data import MNISTDataModule
-from digitnet.files import make_writable
+from digitnet.files import make_writable, write_file
 from digitnet.machine import describe_hardware, list_versions
 from digitnet.model import run_in_batches
 from digitnet.study.corruptions import CORRUPTIONS, corrupt
 from digitnet.study.explore import load_data_module, read_config
-from digitnet.study.page import write_file
 
 NUM_SHOWN = 10  # digits of each kind in the picture
 # Accuracy of a plain CNN on the published files, all 10,000 test images. Source: Mu and Gilmer 2019; of the single
