@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -434,6 +435,23 @@ def test_going_on_keeps_the_optimizer_and_the_schedule(
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+def test_going_on_with_fewer_epochs_or_other_data_is_refused_and_changes_nothing(
+    digitnet: Run, tmp_path: Path, trained_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(trained_run, tmp_path / "lightning_logs" / "quickstart" / "version_0")
+    np.savez(tmp_path / "mine.npz", images=np.zeros((90, 28, 28), np.uint8), labels=np.arange(90) % 10)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for flags, line in [
+        (("--trainer.max_epochs", 1), "trainer.max_epochs is 1, but"),
+        (("--data.split", [1617, 90, 90]), "data.split is [1617, 90, 90], but lightning_logs/quickstart/version_0 was"),
+        (("--data.source", "mine.npz", "--data.split", [70, 10, 10]), "data.source is mine.npz, but"),
+    ]:
+        assert digitnet("fit", "--ckpt_path", "last", *flags) == 1
+        assert line in capsys.readouterr().err.splitlines()[-1]
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert digitnet("fit", "--ckpt_path", run / "checkpoints" / "last.ckpt", "--trainer.max_epochs", 3) == 0
+
+
 def test_ctrl_c_keeps_the_last_checkpoint_and_says_how_to_go_on(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "digitnet", "fit", "--config", str(QUICKSTART), *map(str, SHORT)]
     with subprocess.Popen(
@@ -491,6 +509,7 @@ WRONG = [
     (["fit", "--trainer.accelerator", "cpu", "--trainer.devices", "-1"], 1, "trainer: `devices` selected with"),
     (["fit", "--model.dropout", "1.5"], 1, "dropout is 1.5"),
     (["fit", "--model.optimizer.lr", "-1"], 1, "Invalid learning rate: -1"),
+    (["fit", "--model.lr_scheduler.T_max", "0"], 1, "model.lr_scheduler: "),
     (["fit", "--model.optimizer.lr", "null"], 1, "model.optimizer or model.lr_scheduler: '<=' not supported"),
     (
         ["fit", "--early_stopping.monitor", "val/accuracy"],

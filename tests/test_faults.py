@@ -290,7 +290,7 @@ def test_a_run_at_work_cannot_be_gone_on_with_nor_replaced(
     assert error_lines(capsys) == [f"digitnet: error: another fit is at work in {RUN}; wait for it to end, or stop it"]
     assert digitnet("fit", "--config", QUICKSTART, "--trainer.logger.version", 0) == 1
     [line] = error_lines(capsys)
-    assert f"{RUN} holds a run; go on with fit --ckpt_path {RUN}/checkpoints/last.ckpt" in line
+    assert f"{RUN} holds a run; to go on: python -m digitnet fit --ckpt_path {RUN}/checkpoints/last.ckpt" in line
 
 
 @pytest.mark.slow  # three processes that import everything

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import logging
 import math
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -54,9 +55,18 @@ from digitnet.checkpoints import (
 )
 from digitnet.classifier import DigitClassifier
 from digitnet.data import MNISTDataModule
+from digitnet.data.sources import NAMES
 from digitnet.errors import OneLineErrors
 from digitnet.files import shorten, tell_command
-from digitnet.guards import FIXED, claim_folder, explain_failures, verify_clipping, verify_monitor, verify_settings
+from digitnet.guards import (
+    FIXED,
+    claim_folder,
+    explain_failures,
+    try_schedule,
+    verify_clipping,
+    verify_monitor,
+    verify_settings,
+)
 from digitnet.imports import limit_imports
 from digitnet.machine import choose_precision, keep_freed_memory
 from digitnet.pictures import Pictures
@@ -239,7 +249,7 @@ class DigitCLI(LightningCLI):
                 f"going on in {run_dir} takes a run with one logger, TensorBoardLogger; its config.yaml or "
                 "--trainer.logger names another"
             )
-        run = run_dir.absolute()  # of "." there is no name
+        run = Path(os.path.normpath(run_dir.absolute()))  # "." and ".." are no names
         logger.init_args.save_dir = str(shorten(run.parent.parent))
         logger.init_args.name = run.parent.name
         logger.init_args.version = run.name
@@ -301,6 +311,7 @@ class DigitCLI(LightningCLI):
         if isinstance(optimization, dict):
             schedule = optimization["lr_scheduler"]
             self._check_schedule(schedule["scheduler"])
+            try_schedule(schedule["scheduler"])
             if "monitor" in schedule and not self.checkpoint:  # going on keeps the run's, right or wrong
                 verify_monitor("model.lr_scheduler", schedule["monitor"], schedule["scheduler"].mode)
         first_step = 0
@@ -312,6 +323,11 @@ class DigitCLI(LightningCLI):
                     f"{self.checkpoint} holds another architecture than {wanted}; to go on with it, leave "
                     "model.architecture and model.columns out, or the config that names them; to train anew, the "
                     "checkpoint"
+                )
+            num_epochs, limit = stored["epoch"] + 1, self.trainer.max_epochs
+            if limit not in (None, -1) and limit < num_epochs:
+                raise ValueError(
+                    f"trainer.max_epochs is {limit}, but {self.checkpoint} has trained {num_epochs} epochs; give more"
                 )
             first_step = stored["global_step"]
             del stored  # weights, averages and moments would stay for the whole training
@@ -349,6 +365,14 @@ class DigitCLI(LightningCLI):
                 raise ValueError(
                     f"data.split is {list(data.split)}, but {name} was trained on {known:,} of the images that it "
                     f"leaves out of training; give {list(settings['split'])}, as {name} had it, or another"
+                )
+        ours = {"source": data.source, "split": list(data.split)}
+        for name, before in self.trained_on.items() if self.run_dir else ():
+            is_moved = name == "source" and not {before, data.source} & set(NAMES)  # a file of one's own
+            if ours[name] != before and not is_moved:
+                raise ValueError(
+                    f"data.{name} is {ours[name]}, but {self.run_dir} was trained with {before}, of which its best "
+                    "epoch and its calibration are; to train with another, start anew, without --ckpt_path"
                 )
         if data.augmentation is not None:
             verify_augmentation(data.augmentation, data.datasets[0].images[:8].to(self.trainer.strategy.root_device))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import lightning as L
 import torch
 from filelock import FileLock, Timeout
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from digitnet.classifier import METRICS
 from digitnet.errors import nearest_name
@@ -153,6 +155,20 @@ def verify_settings(config: Any) -> None:
                     "the last one's, in the run's folder. To keep others too, add a "
                     "lightning.pytorch.callbacks.ModelCheckpoint to trainer.callbacks"
                 )
+
+
+def try_schedule(scheduler: Any) -> None:
+    """Take a step of a schedule that is thrown away afterwards: some fail only then, after a whole epoch.
+
+    Raises:
+        ValueError: it fails.
+    """
+    figures = [0.0] if isinstance(scheduler, ReduceLROnPlateau) else []
+    try:
+        with warnings.catch_warnings(action="ignore"):  # before the optimizer's first step
+            scheduler.step(*figures)
+    except Exception as error:  # any schedule, any argument: CosineAnnealingLR's T_max 0 divides by it
+        raise ValueError(f"model.lr_scheduler: {error}; see the arguments of {type(scheduler).__name__}") from error
 
 
 def verify_monitor(key: str, monitor: str | None, mode: str) -> None:

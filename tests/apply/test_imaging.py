@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from scipy import ndimage
 
 from digitnet.apply.imaging import Digit28, normalize, open_picture, split_digits
@@ -535,3 +535,79 @@ def test_a_grey_smudge_is_no_digit_beside_a_bold_one() -> None:
     picture = expected.copy()
     ImageDraw.Draw(picture).ellipse((20, 60, 160, 330), 150)
     assert apart(found(picture).image, found(expected).image) < 5
+
+
+@pytest.mark.parametrize("bright", [False, True])
+@pytest.mark.parametrize("times", [1, 10])
+def test_a_digit_cut_out_along_its_ink_is_that_with_a_margin(
+    digits: np.ndarray, real_digits: Digits, times: int, bright: bool
+) -> None:
+    if len(real_digits.images) < 70_000:
+        pytest.skip("the bundled digits, 8x8 enlarged, are as thick as blots")
+    distances = []
+    for image in digits:
+        rows, columns = (np.flatnonzero((image > 60).any(axis)) for axis in (1, 0))
+        cut = Image.fromarray(image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
+        if np.asarray(cut).mean() > 0.5 * 255:  # little is left of the paper
+            continue
+        cut = cut.resize((cut.width * times, cut.height * times), Image.Resampling.BICUBIC)
+        picture = cut if bright else ImageOps.invert(cut)
+        with_margin = ImageOps.expand(picture, 10 * times, 0 if bright else 255)
+        digit = normalize(picture)
+        distances.append(255.0 if digit is None else apart(digit.image, found(with_margin).image))
+    assert len(distances) > 20
+    assert np.mean(np.array(distances) < 8) >= 0.95
+
+
+def test_ruled_paper_gets_no_margin() -> None:
+    picture, draw = page((300, 300))
+    for at in range(5, 300, 12):
+        draw.line((0, at, 299, at), 90, 3)
+        draw.line((at, 0, at, 299), 90, 3)
+    assert "margin added" not in (normalize(picture) or Digit28(np.zeros((28, 28), np.uint8), ())).steps
+
+
+def sheet_of_bars(num: int = 6) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    """Two rows of upright strokes, each 16 x 80."""
+    picture, draw = page((120 * num // 2 + 80, 400))
+    for i in range(num):
+        row, column = divmod(i, num // 2)
+        left, top = 90 + 120 * column, 70 + 180 * row
+        draw.rectangle((left, top, left + 15, top + 79), 0)
+    return picture, draw
+
+
+@pytest.mark.parametrize("kind", ["frame", "table", "bar"])
+def test_split_reads_what_is_in_a_frame_a_table_and_beside_a_bar(kind: str) -> None:
+    picture, draw = sheet_of_bars()
+    width, height = picture.size
+    if kind == "bar":
+        draw.line((30, 20, 30, height - 20), 0, 6)
+    else:
+        draw.rectangle((30, 20, width - 30, height - 20), outline=0, width=6)
+    if kind == "table":
+        draw.line((30, 200, width - 30, 200), 0, 6)
+        for left in (160, 280):
+            draw.line((left, 20, left, height - 20), 0, 6)
+    digits = split_digits(picture)
+    expected = split_digits(sheet_of_bars()[0])
+    assert len(digits) == len(expected) == 6
+    for digit, other in zip(digits, expected, strict=True):
+        assert apart(digit.image, other.image) < 5
+        assert "1 other thing dropped" in digit.steps
+
+
+def test_split_finds_nothing_on_blank_paper_however_noisy() -> None:
+    for sigma in (4, 8):
+        noisy = np.random.default_rng(sigma).normal(190, sigma, (900, 1200)).clip(0, 255)
+        assert split_digits(Image.fromarray(noisy.astype(np.uint8))) == []
+
+
+def test_split_tells_of_what_is_far_smaller_than_the_others() -> None:
+    picture, draw = page((900, 500))
+    for left in (100, 300, 500):
+        draw.rectangle((left, 80, left + 60, 400), 0)
+    draw.rectangle((700, 200, 730, 270), 0)
+    digits = split_digits(picture)
+    assert len(digits) == 3
+    assert all("1 small piece left out" in digit.steps for digit in digits)

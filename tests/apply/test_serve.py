@@ -114,6 +114,13 @@ def test_a_picture_is_read_as_the_library_reads_it_however_it_is_sent(client: Te
             assert response.json()["steps"] == list(digit.steps)
 
 
+def test_blank_pixels_are_no_digit(client: TestClient) -> None:
+    for level in (0, 90, 255):
+        answer = client.post("/predict", json={"pixels": [[level] * 28] * 28})
+        assert answer.status_code == 200
+        assert (answer.json()["status"], answer.json()["digit"]) == ("no digit", None)
+
+
 def test_pixels_are_read_as_they_are(client: TestClient, predictor: Predictor) -> None:
     image = np.random.default_rng(0).integers(0, 256, (28, 28), np.uint8)
     response = client.post("/predict", json={"pixels": image.tolist()})

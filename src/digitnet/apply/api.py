@@ -33,7 +33,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 import digitnet
 from digitnet.apply.batching import Batcher, Budget, BusyError
 from digitnet.apply.imaging import Digit28, normalize, open_picture
-from digitnet.apply.ink import Invert
+from digitnet.apply.ink import MIN_CONTRAST, Invert
 from digitnet.apply.predictor import Predictor, Reading
 from digitnet.cores import count_cores
 from digitnet.errors import to_one_line
@@ -270,8 +270,8 @@ def parse_picture(picture: bytes, invert: Invert) -> Digit28 | None:
         raise HTTPException(413 if reason.startswith("too large") else 422, reason) from error
 
 
-def parse_pixels(body: bytes) -> Digit28:
-    """The image in a JSON body.
+def parse_pixels(body: bytes) -> Digit28 | None:
+    """The image in a JSON body; None where all of it is of one level, or nearly.
 
     Raises:
         HTTPException: 422 for anything but 28 x 28 grey levels.
@@ -280,7 +280,8 @@ def parse_pixels(body: bytes) -> Digit28:
         pixels = Pixels.model_validate_json(body).pixels
     except ValidationError as error:
         raise HTTPException(422, first_problem(error.errors())) from None
-    return Digit28(np.array(pixels, np.uint8), ("used as given",))
+    image = np.array(pixels, np.uint8)
+    return Digit28(image, ("used as given",)) if np.ptp(image) >= MIN_CONTRAST else None
 
 
 def describe(digit: Digit28 | None, reading: Reading | None) -> Answer:

@@ -23,7 +23,7 @@ from scipy import ndimage
 from scipy.sparse import csgraph
 
 from digitnet.apply.ink import MIN_CONTRAST, Ink, Invert, count, find_ink, quantile
-from digitnet.apply.sheet import cut_to_sheet
+from digitnet.apply.sheet import add_margin, cut_to_sheet
 
 Box = tuple[slice, slice]
 
@@ -31,7 +31,9 @@ FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF")
 MAX_PIXELS, MAX_SIDE = 64_000_000, 16_384  # above what phones take; about 250 MB when decoded
 WORK_SIDE, SHEET_SIDE = 384, 1536  # a digit is looked for at this size
 MIN_SIDE = 96  # what is smaller is enlarged first
+SMALLEST = 8  # pixels of a sheet so large: no digit on it is smaller
 LARGE = 0.3  # of the digit's ink: a piece with more of it is no speck
+NUM_CELLS = 3  # pieces that a frame encloses, and no digit does
 GAP = 0.15  # of the digit: strokes of one digit are not further apart
 FINE = 4  # strokes are measured and changed at this many times MNIST's resolution
 STROKE_RANGE = (2.1, 4.4)  # pixels of 28; thinner is thickened to the first, thicker thinned to the second
@@ -119,7 +121,8 @@ def normalize(picture: Image.Image, invert: Invert = "auto") -> Digit28 | None:
         if invert in ("auto", name) and is_mnist_like(wanted):
             return Digit28(wanted, (*steps, "inverted") if name == "yes" else steps)
     flat, sheet_steps = cut_to_sheet(flat)
-    steps = (*steps, *sheet_steps)
+    flat, margin_steps = add_margin(flat, invert)
+    steps = (*steps, *sheet_steps, *margin_steps)
     work, factor = to_side(flat, WORK_SIDE)
     ink = find_ink(work, invert)
     if ink is None:
@@ -262,13 +265,15 @@ def find_other_things(labels: np.ndarray, boxes: np.ndarray, amounts: np.ndarray
         piece = within == i + 1
         if longest[i] < 1.4 * sizes[i].min() and piece.mean() > 0.65:  # a disc fills 0.79 of its box
             holes[i] = 2 * ndimage.distance_transform_edt(np.pad(piece, 1)).max() >= 0.8 * longest[i]
-        inner = (boxes[:, :2] > boxes[i, :2]).all(1) & (boxes[:, 2:] < boxes[i, 2:]).all(1)
-        inner &= (sizes[:, 0] > 0.3 * sizes[i, 0]) & (amounts > 0.05 * amounts[i])
-        if inner.any():
+        is_within = (boxes[:, :2] > boxes[i, :2]).all(1) & (boxes[:, 2:] < boxes[i, 2:]).all(1)
+        inner = is_within & (sizes[:, 0] > 0.3 * sizes[i, 0]) & (amounts > 0.05 * amounts[i])
+        cells = is_within & (sizes[:, 0] > 0.08 * sizes[i, 0]) & (amounts > 0.01 * amounts[i])
+        if inner.any() or cells.sum() >= NUM_CELLS:
             filled = ndimage.binary_fill_holes(piece)
-            encloses = inner[np.unique(within[filled & ~piece & (within > 0)]) - 1].any()
+            enclosed = np.unique(within[filled & ~piece & (within > 0)]) - 1
             # Narrower than a circle, and with round corners: a zero with its stroke inside.
-            frames[i] = encloses and (sizes[i, 0] < 1.3 * sizes[i, 1] or filled.mean() > 0.9)
+            frames[i] = inner[enclosed].any() and (sizes[i, 0] < 1.3 * sizes[i, 1] or filled.mean() > 0.9)
+            frames[i] |= cells[enclosed].sum() >= NUM_CELLS  # around several, or a table with them in its cells
     holes &= longest[~(edges | holes | frames)].max(initial=0) >= 0.7 * longest  # else a blot, with specks
     other = edges | holes | frames
     return other & ~other.all()
@@ -395,6 +400,7 @@ def split_digits(picture: Image.Image, invert: Invert = "auto") -> list[Digit28]
     amounts, boxes = measure_pieces(ink, labels)
     at_edge = (boxes[:, :2] == 0).any(1) | (boxes[:, 2:] == labels.shape).any(1)
     other = find_other_things(labels, boxes, amounts)
+    other |= find_bars(boxes, (amounts > 0.02 * amounts.max()) & ~other)
     if other.any():
         steps = (*steps, f"{count(int(other.sum()), 'other thing')} dropped")
     left_out = at_edge | other
@@ -404,16 +410,34 @@ def split_digits(picture: Image.Image, invert: Invert = "auto") -> list[Digit28]
     num_large = int((at_edge & ~other & ~whole & (amounts > LARGE * amounts[whole].max())).sum())
     if num_large:
         steps = (*steps, f"{count(num_large, 'large piece')} at the edge left out")
+    groups, num_small = digit_groups(boxes, whole)
+    if num_small:
+        steps = (*steps, f"{count(num_small, 'small piece')} left out")
     found = []
-    for group in digit_groups(boxes, whole):
+    for group in groups:
         digit = cut_out(ink, labels, group, ())
         image, width_step = to_mnist(digit.ink)
         found.append((digit.box, Digit28(image, (*steps, *width_step))))
     return [digit for _, digit in reading_order(found)]
 
 
-def digit_groups(boxes: np.ndarray, whole: np.ndarray) -> list[np.ndarray]:
-    """Which pieces (N, 4) form a digit together: a small one joins what it lies over, under or against."""
+def find_bars(boxes: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+    """Which pieces (N, 4) are straight strokes far longer than the others are high, as between columns: (N,) bool."""
+    sizes = boxes[:, 2:] - boxes[:, :2]
+    longest, heights = sizes.max(1), sizes[:, 0]
+    bars = candidates & (longest > 8 * sizes.min(1))
+    for i in np.flatnonzero(bars):
+        others = heights[candidates & ~bars & (heights > 0.1 * longest[i])]
+        bars[i] = len(others) >= NUM_CELLS and longest[i] > 3 * np.median(others)
+    return bars
+
+
+def digit_groups(boxes: np.ndarray, whole: np.ndarray) -> tuple[list[np.ndarray], int]:
+    """Which pieces (N, 4) form a digit together, a small one joining what it lies over, under or against.
+
+    Returns:
+        Of each digit (N,) bool; and how many are left out as they are far smaller than the others, but no specks.
+    """
     heights = boxes[:, 2] - boxes[:, 0]
     usual = np.median(heights[whole][heights[whole] >= 0.5 * heights[whole].max()])
     lows, highs = boxes[:, None, :2], boxes[:, None, 2:]
@@ -425,7 +449,10 @@ def digit_groups(boxes: np.ndarray, whole: np.ndarray) -> list[np.ndarray]:
     joined = small & (stacked | against) & whole & whole[:, None]
     _, groups = csgraph.connected_components(joined, directed=False)
     members = [whole & (groups == group) for group in np.unique(groups[whole])]
-    return [m for m in members if boxes[m, 2].max() - boxes[m, 0].min() >= 0.3 * usual]
+    sizes = np.array([boxes[m, 2:].max(0) - boxes[m, :2].min(0) for m in members])  # (M, 2): height, width
+    is_digit, is_speck = sizes[:, 0] >= 0.3 * usual, sizes.max(1) < SMALLEST
+    digits = [m for m, found in zip(members, is_digit & ~is_speck, strict=True) if found]
+    return digits, int((~is_digit & ~is_speck).sum())
 
 
 def reading_order(found: list[tuple[Box, Digit28]]) -> list[tuple[Box, Digit28]]:

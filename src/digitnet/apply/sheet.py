@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from scipy import ndimage
+
+from digitnet.apply.ink import Invert
 
 MIN_SIDE = 96  # of a picture that is looked at: a smaller one is a digit cut out
 SIDE = 160  # of the picture in which a sheet is looked for
 STEP = 60  # grey levels between a sheet and what is around it, at least
 THICKEST = 0.15  # of a sheet's shorter side: no writing on it is as thick; the hole of a thick 0 is
+LEAST_MARGIN = 0.07  # of the longer side: ink that comes nearer to all four sides was cut out tightly
+STROKES = (0.06, 0.4)  # of the longer side: how thick a digit's strokes are; those of a ruled sheet are thinner
 EVENNESS = 16  # grey levels that a bar varies by, at most
 
 
@@ -41,6 +45,43 @@ def cut_to_sheet(picture: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
     mask = Image.fromarray(inside).resize((grey.shape[1] * factor, grey.shape[0] * factor), Image.Resampling.NEAREST)
     whole = Image.composite(picture, beside, mask.crop((0, 0, *picture.size)))
     return crop(whole, box, factor), ("table cut away",)
+
+
+def add_margin(picture: Image.Image, invert: Invert = "auto") -> tuple[Image.Image, tuple[str, ...]]:
+    """Put paper around a digit that was cut out along its ink, by which paper and ink could not be told apart.
+
+    Args:
+        picture: in mode "L" or "RGB".
+        invert: "yes": the ink is darker than the paper; "no": it is brighter; "auto": the paper holds most
+            corners or, where it holds two, is the larger part.
+
+    Returns:
+        The picture with a margin and, in words, what was done. One that has a margin comes back as it is.
+    """
+    factor = math.ceil(max(picture.size) / SIDE)
+    small = picture.reduce(factor)
+    grey = np.asarray(small.convert("L"), np.float32)
+    low, high = np.percentile(grey, (5, 95))
+    if high - low < STEP:
+        return picture, ()
+    is_dark = grey < (low + high) / 2
+    longest = max(grey.shape)
+    edge = max(2, math.ceil(LEAST_MARGIN * longest))
+    ends = (slice(edge), slice(-edge, None))
+    corners = [is_dark[rows, columns].mean() > 0.5 for rows in ends for columns in ends]
+    if invert == "auto":
+        is_ink_dark = sum(corners) < 2 or (sum(corners) == 2 and is_dark.mean() < 0.5)
+    else:
+        is_ink_dark = invert == "yes"
+    ink = is_dark if is_ink_dark else ~is_dark
+    at_edges = [side.any() for end in ends for side in (ink[end], ink[:, end])]
+    thickness = 2 * ndimage.distance_transform_edt(ink).max() / longest
+    thinnest, thickest = STROKES
+    if not (all(at_edges) and 0.2 < ink.mean() < 0.75 and thinnest < thickness < thickest):
+        return picture, ()
+    paper = np.atleast_1d(np.median(np.asarray(small)[~ink], axis=0)).round().astype(int).tolist()
+    wider = ImageOps.expand(picture, max(picture.size) // 4, tuple(paper) if len(paper) > 1 else paper[0])
+    return wider, ("margin added",)
 
 
 def crop(picture: Image.Image, box: tuple[int, int, int, int], factor: int) -> Image.Image:
