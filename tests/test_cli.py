@@ -485,6 +485,8 @@ WRONG = [
     (["fit", "--config", "typo.yaml"], 2, "does not accept option 'model.droput'; did you mean model.dropout?"),
     (["fit", "--config", "resume.yaml"], 1, "a config has ckpt_path: a.ckpt; give it as a flag, --ckpt_path"),
     (["fit", "--config", "missing.yaml"], 2, "missing.yaml"),
+    (["fit", "--config", "binary.yaml"], 1, "binary.yaml is no YAML: it is no text"),
+    (["fit", "--config", "empty.yaml"], 1, "empty.yaml is empty; a config has keys such as model and data"),
     (["fit", "--config", "broken.yaml"], 2, "line 2"),
     (["fit", "--trainer.max_epochs", "many"], 2, '"trainer.max_epochs": Expected int Given value: many'),
     (["fit", "--data.split", "[1297, 250, 200]"], 1, "data.split [1297, 250, 200] adds up to 1,747"),
@@ -570,6 +572,8 @@ def test_bad_input_is_told_in_one_line(
 ) -> None:
     (tmp_path / "typo.yaml").write_text("model:\n  droput: 0.3\n")
     (tmp_path / "resume.yaml").write_text("ckpt_path: a.ckpt\n")
+    (tmp_path / "binary.yaml").write_bytes(b"\x89PNG\xff")
+    (tmp_path / "empty.yaml").write_text("\n")
     (tmp_path / "broken.yaml").write_text("model: [\n")
     (tmp_path / "text.ckpt").write_text("not a checkpoint")
     (tmp_path / "a_file").write_text("a file, not a folder")

@@ -179,6 +179,8 @@ class DigitCLI(LightningCLI):
         finder.add_argument("--ckpt_path", default=None if subcommand == "fit" else "best")
         finder.add_argument("--config", action="append")
         typed = finder.parse_known_args(flags)[0]
+        for path in typed.config or []:
+            verify_is_text(Path(path))
         ckpt_path = typed.ckpt_path
         if ckpt_path is not None and not {"-h", "--help"} & set(flags):
             self.checkpoint = find_newest(f"{ckpt_path}.ckpt") if ckpt_path in ("best", "last") else Path(ckpt_path)
@@ -414,6 +416,22 @@ class DigitCLI(LightningCLI):
         known = count_trained_on(self.trained_on, self.datamodule.source, start, num_images)
         if known:
             rank_zero_info(f"the checkpoint was trained on {known:,} of these {num_images:,} images: it knows them")
+
+
+def verify_is_text(config: Path) -> None:
+    """Refuse a config that is no text, or empty, by its name: of such the parser says only what it met.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if not config.is_file():
+        return  # the parser says so
+    try:
+        is_empty = not config.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{config} is no YAML: it is no text") from error
+    if is_empty:
+        raise ValueError(f"{config} is empty; a config has keys such as model and data")
 
 
 def prepare_process() -> None:

@@ -141,8 +141,10 @@ def test_a_photo_held_sideways_is_turned_upright() -> None:
     assert "turned by EXIF" not in found(open_picture(encoded(bar(), "JPEG"))).steps
 
 
-def test_an_animation_gives_its_first_frame() -> None:
-    frames = encoded(bar(), "GIF", save_all=True, append_images=[Image.new("L", (200, 200), 255)])
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
+def test_an_animation_gives_its_first_frame(kind: str) -> None:
+    lossless = {"lossless": True} if kind == "WEBP" else {}
+    frames = encoded(bar(), kind, save_all=True, append_images=[Image.new("L", (200, 200), 255)], **lossless)
     np.testing.assert_array_equal(found(open_picture(frames)).image, found(bar()).image)
     assert "first of 2 pages" in found(open_picture(frames)).steps
 

@@ -159,6 +159,16 @@ def test_hidden_files_in_folders_are_no_pictures(folder: Path) -> None:
     assert [source.name for source in find_pictures([str(hidden)])] == [str(hidden)]  # who names it means it
 
 
+def test_pictures_of_kinds_that_are_not_read_are_told_of(folder: Path) -> None:
+    photo = folder / "IMG_0001.HEIC"
+    photo.write_bytes(b"\0\0\0\x18ftypheic")
+    (folder / "notes.txt").write_text("no picture")
+    sources = list(find_pictures([str(folder)]))
+    assert "notes.txt" not in {Path(source.name).name for source in sources}
+    [source] = [source for source in sources if source.name == str(photo)]
+    assert str(prepare(source, "auto", False)).startswith("not a picture in a known format (PNG, JPEG")
+
+
 def test_pictures_in_hidden_folders_are_none(folder: Path) -> None:
     shown = [source.name for source in find_pictures([str(folder)])]
     (folder / ".thumbs" / "small").mkdir(parents=True)

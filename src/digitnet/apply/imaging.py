@@ -92,7 +92,7 @@ def open_picture(source: Path | BinaryIO | bytes) -> Image.Image:
             picture.draft("RGB", (SHEET_SIDE, SHEET_SIDE))  # decodes a large photo at half size or less, much faster
         picture.load()
         is_turned = picture.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
-        num_pages = getattr(picture, "n_frames", 1) if picture.format in ("TIFF", "GIF") else 1  # a JPEG's is a preview
+        num_pages = getattr(picture, "n_frames", 1) if picture.format != "JPEG" else 1  # its second is a preview
         if is_turned:
             picture = ImageOps.exif_transpose(picture)
     except Exception as error:  # so can broken content

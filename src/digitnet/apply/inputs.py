@@ -21,6 +21,7 @@ from digitnet.apply.ink import Invert
 from digitnet.cores import count_cores
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
+UNREAD = {".heic", ".heif", ".avif", ".jxl"}  # pictures, too; that they are not read is told
 FILES_PER_WORKER = 64  # at least; with fewer, starting a process costs more than it saves
 MAX_WORKERS = 16  # by then the network is slower
 CHUNK = 8  # files that a worker is given at once
@@ -84,7 +85,7 @@ def find_in_folder(folder: Path) -> list[Source]:
     for parent, folders, names in os.walk(folder, onerror=closed.append):
         folders[:] = [name for name in folders if not name.startswith(".")]
         files = (Path(parent, name) for name in names if not name.startswith("."))
-        found += (file for file in files if file.suffix.lower() in SUFFIXES and _is_file(file))
+        found += (file for file in files if file.suffix.lower() in SUFFIXES | UNREAD and _is_file(file))
     sources = [Source(str(file), file) for file in found]
     sources += [Source(str(error.filename), None, error.strerror or str(error)) for error in closed]
     return sorted(sources, key=lambda source: Path(source.name))
