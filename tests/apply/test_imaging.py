@@ -15,6 +15,7 @@ from scipy import ndimage
 
 from digitnet.apply.imaging import Digit28, normalize, open_picture, split_digits
 from digitnet.apply.ink import Invert
+from digitnet.apply.sheet import add_margin
 from digitnet.data import Digits
 
 
@@ -567,6 +568,14 @@ def test_ruled_paper_gets_no_margin() -> None:
         draw.line((0, at, 299, at), 90, 3)
         draw.line((at, 0, at, 299), 90, 3)
     assert "margin added" not in (normalize(picture) or Digit28(np.zeros((28, 28), np.uint8), ())).steps
+
+
+def test_a_shadow_across_a_photo_gets_no_margin() -> None:
+    y, x = np.mgrid[:450, :600]
+    shadow = ndimage.gaussian_filter((np.abs(x - 300 - 1.2 * (y - 225)) < 100).astype(float), 4)
+    light = Image.fromarray((200 - 90 * shadow).astype(np.uint8))
+    ImageDraw.Draw(light).line((300, 100, 300, 350), 25, 40)
+    assert add_margin(light) == (light, ())
 
 
 def sheet_of_bars(num: int = 6) -> tuple[Image.Image, ImageDraw.ImageDraw]:

@@ -15,6 +15,7 @@ SIDE = 160  # of the picture in which a sheet is looked for
 STEP = 60  # grey levels between a sheet and what is around it, at least
 THICKEST = 0.15  # of a sheet's shorter side: no writing on it is as thick; the hole of a thick 0 is
 LEAST_MARGIN = 0.07  # of the longer side: ink that comes nearer to all four sides was cut out tightly
+SHARES = (0.2, 0.75)  # of a picture: how much of it such a digit's ink is
 STROKES = (0.06, 0.4)  # of the longer side: how thick a digit's strokes are; those of a ruled sheet are thinner
 EVENNESS = 16  # grey levels that a bar varies by, at most
 
@@ -75,9 +76,14 @@ def add_margin(picture: Image.Image, invert: Invert = "auto") -> tuple[Image.Ima
         is_ink_dark = invert == "yes"
     ink = is_dark if is_ink_dark else ~is_dark
     at_edges = [side.any() for end in ends for side in (ink[end], ink[:, end])]
-    thickness = 2 * ndimage.distance_transform_edt(ink).max() / longest
+    least, most = SHARES
+    if not (all(at_edges) and least < ink.mean() < most):
+        return picture, ()
+    boldest = np.percentile(grey[ink], 2 if is_ink_dark else 98)
+    if abs(boldest - np.median(grey[ink])) > 0.3 * (high - low):  # a shadow, with ink in it
+        return picture, ()
     thinnest, thickest = STROKES
-    if not (all(at_edges) and 0.2 < ink.mean() < 0.75 and thinnest < thickness < thickest):
+    if not thinnest < 2 * ndimage.distance_transform_edt(ink).max() / longest < thickest:
         return picture, ()
     paper = np.atleast_1d(np.median(np.asarray(small)[~ink], axis=0)).round().astype(int).tolist()
     wider = ImageOps.expand(picture, max(picture.size) // 4, tuple(paper) if len(paper) > 1 else paper[0])
