@@ -562,6 +562,48 @@ def test_a_digit_cut_out_along_its_ink_is_that_with_a_margin(
     assert np.mean(np.array(distances) < 8) >= 0.95
 
 
+@pytest.mark.parametrize("bright", [False, True])
+@pytest.mark.parametrize("side", [30, 300])
+@pytest.mark.parametrize("kind", ["0", "3", "7", "8"])
+def test_a_drawn_digit_cut_out_along_its_ink_is_that_with_a_margin(kind: str, side: int, bright: bool) -> None:
+    picture, draw = page((400, 400))
+    if kind == "0":
+        draw.ellipse((100, 50, 300, 350), outline=0, width=50)
+    elif kind == "3":
+        draw.arc((110, 50, 290, 210), -150, 90, 0, 45)
+        draw.arc((110, 165, 290, 350), -90, 150, 0, 45)
+    elif kind == "7":
+        draw.line((100, 75, 300, 75), 0, 50)
+        draw.line((280, 75, 170, 350), 0, 50)
+    else:
+        draw.ellipse((120, 50, 280, 215), outline=0, width=45)
+        draw.ellipse((100, 170, 300, 350), outline=0, width=45)
+    cut = picture.crop(ImageOps.invert(picture).getbbox())
+    cut = cut.resize((round(side * cut.width / cut.height), side), Image.Resampling.LANCZOS)
+    if bright:
+        cut = ImageOps.invert(cut)
+    digit = found(cut)
+    assert "margin added" in digit.steps
+    assert ("inverted" in digit.steps) is not bright
+    assert apart(digit.image, found(ImageOps.expand(cut, side // 2, 0 if bright else 255)).image) < 5
+
+
+def test_split_keeps_a_one_beside_specks_and_drops_a_bar_beside_ones() -> None:
+    picture, draw = page((900, 600))
+    for left in (100, 200, 300, 400):
+        draw.line((left, 200, left, 300), 0, 8)  # as thin as a bar, but as high as each other
+    draw.line((700, 20, 700, 580), 0, 8)
+    assert len(split_digits(picture)) == 4
+    picture, draw = page((900, 600))
+    for left in (100, 300, 500, 700):
+        draw.line((left, 200, left, 400), 0, 8)
+    for left in (160, 360, 560):
+        draw.rectangle((left, 300, left + 20, 335), 0)
+    digits = split_digits(picture)
+    assert len(digits) == 4
+    assert all(extent(digit.image)[1] <= 4 for digit in digits)  # no speck of 21 x 36
+
+
 def test_ruled_paper_gets_no_margin() -> None:
     picture, draw = page((300, 300))
     for at in range(5, 300, 12):

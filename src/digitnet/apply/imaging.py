@@ -425,10 +425,11 @@ def find_bars(boxes: np.ndarray, candidates: np.ndarray) -> np.ndarray:
     """Which pieces (N, 4) are straight strokes far longer than the others are high, as between columns: (N,) bool."""
     sizes = boxes[:, 2:] - boxes[:, :2]
     longest, heights = sizes.max(1), sizes[:, 0]
-    bars = candidates & (longest > 8 * sizes.min(1))
-    for i in np.flatnonzero(bars):
-        others = heights[candidates & ~bars & (heights > 0.1 * longest[i])]
-        bars[i] = len(others) >= NUM_CELLS and longest[i] > 3 * np.median(others)
+    bars = np.zeros(len(boxes), bool)
+    for i in np.flatnonzero(candidates & (longest > 8 * sizes.min(1))):
+        others = candidates & (heights > 0.1 * longest[i])
+        others[i] = False
+        bars[i] = others.sum() >= NUM_CELLS and longest[i] > 3 * np.median(heights[others])
     return bars
 
 
