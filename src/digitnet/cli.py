@@ -64,6 +64,7 @@ from digitnet.guards import (
     explain_failures,
     try_schedule,
     verify_clipping,
+    verify_is_text,
     verify_monitor,
     verify_settings,
 )
@@ -416,22 +417,6 @@ class DigitCLI(LightningCLI):
         known = count_trained_on(self.trained_on, self.datamodule.source, start, num_images)
         if known:
             rank_zero_info(f"the checkpoint was trained on {known:,} of these {num_images:,} images: it knows them")
-
-
-def verify_is_text(config: Path) -> None:
-    """Refuse a config that is no text, or empty, by its name: of such the parser says only what it met.
-
-    Raises:
-        ValueError: it is one.
-    """
-    if not config.is_file():
-        return  # the parser says so
-    try:
-        is_empty = not config.read_text(encoding="utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{config} is no YAML: it is no text") from error
-    if is_empty:
-        raise ValueError(f"{config} is empty; a config has keys such as model and data")
 
 
 def prepare_process() -> None:

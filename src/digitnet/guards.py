@@ -127,6 +127,22 @@ def explain_failures(trainer: L.Trainer) -> Iterator[None]:
         getattr(trainer.strategy.launcher, "procs", []).clear()
 
 
+def verify_is_text(config: Path) -> None:
+    """Refuse a config that is no text, or empty, by its name: of such the parser says only what it met.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if not config.is_file():
+        return  # the parser says so
+    try:
+        is_empty = not config.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{config} is no YAML: it is no text") from error
+    if is_empty:
+        raise ValueError(f"{config} is empty; a config has keys such as model and data")
+
+
 def verify_settings(config: Any) -> None:
     """Refuse settings of ``fit`` that would train nothing, or make its checkpoints other than they are called.
 
