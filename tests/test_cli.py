@@ -33,6 +33,7 @@ from digitnet.apply.predictor import Predictor
 from digitnet.checkpoints import read_data_settings
 from digitnet.classifier import DigitClassifier
 from digitnet.data import load_bundled_digits
+from digitnet.guards import try_optimizer
 from digitnet.model import ARCHITECTURES
 from digitnet.views import see_near
 
@@ -224,6 +225,34 @@ def test_other_optimizers_and_schedules_come_from_flags(digitnet: Run, tmp_path:
     assert digitnet("fit", "--config", QUICKSTART, *SHORT, *flags, *schedule) == 0
     rates = scalars(tmp_path / "lightning_logs" / "quickstart" / "version_0", "lr-SGD")
     assert [value for _, value in rates] == pytest.approx([0.01, 0.001])
+
+
+def test_flags_that_scoring_leaves_out_are_told(
+    digitnet: Run, trained_run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert digitnet("validate", "--trainer.limit_val_batches=1", "--trainer.logger", "false") == 0
+    assert "--trainer.limit_val_batches, --trainer.logger: left out, as every image is scored" in caplog.text
+    caplog.clear()
+    assert digitnet("validate") == 0
+    assert "left out" not in caplog.text
+
+
+def test_a_callback_of_lightnings_that_cannot_do_its_work_is_told_in_one_line(
+    digitnet: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop = ("--trainer.callbacks", "lightning.pytorch.callbacks.EarlyStopping", "--trainer.callbacks.monitor", "val/f1")
+    assert digitnet("fit", "--config", QUICKSTART, *SHORT, *stop) == 1
+    line = "digitnet: error: trainer.callbacks: EarlyStopping: Early stopping conditioned on metric `val/f1`"
+    assert capsys.readouterr().err.splitlines()[-1].startswith(line)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD", "RMSprop"])
+def test_an_optimizer_is_tried_without_a_trace(name: str) -> None:
+    model = DigitClassifier()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    try_optimizer(getattr(torch.optim, name)(model.parameters(), lr=0.1, weight_decay=0.1))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(weight.grad is None for weight in model.parameters())
 
 
 def test_a_schedule_longer_than_the_training_is_said(digitnet: Run, caplog: pytest.LogCaptureFixture) -> None:
@@ -512,6 +541,8 @@ WRONG = [
     (["fit", "--model.dropout", "1.5"], 1, "dropout is 1.5"),
     (["fit", "--model.optimizer.lr", "-1"], 1, "Invalid learning rate: -1"),
     (["fit", "--model.lr_scheduler.T_max", "0"], 1, "model.lr_scheduler: "),
+    (["fit", "--model.optimizer", "torch.optim.SparseAdam"], 1, "model.optimizer: SparseAdam: SparseAdam does not"),
+    (["fit", "--model.optimizer", "torch.optim.LBFGS"], 1, "model.optimizer: LBFGS: view size is not compatible"),
     (["fit", "--model.optimizer.lr", "null"], 1, "model.optimizer or model.lr_scheduler: '<=' not supported"),
     (
         ["fit", "--early_stopping.monitor", "val/accuracy"],

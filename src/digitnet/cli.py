@@ -62,6 +62,7 @@ from digitnet.guards import (
     FIXED,
     claim_folder,
     explain_failures,
+    try_optimizer,
     try_schedule,
     verify_clipping,
     verify_is_text,
@@ -75,6 +76,12 @@ from digitnet.scores import WriteScores
 
 # What the table of runs shows of the trainer, as it changes what is learned.
 SUMMARIZED = ("max_epochs", "max_steps", "gradient_clip_val", "accumulate_grad_batches", "check_val_every_n_epoch")
+# Settings of the trainer that validate and test go without: every image is scored, whatever the training left out, and
+# nothing is logged.
+LEFT_OUT = {
+    "logger": False, "fast_dev_run": False, "overfit_batches": 0.0, "limit_val_batches": None,
+    "limit_test_batches": None,
+}  # fmt: skip
 USAGE = "python -m digitnet {} [--config FILE.yaml] [--flag value ...]"
 DESCRIPTIONS = {
     "fit": f"""Train a digit classifier.
@@ -228,10 +235,10 @@ class DigitCLI(LightningCLI):
         config = self.config[self.subcommand]
         if self.subcommand != "fit":
             warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")  # the callbacks of fit
-            # Every image is scored, whatever the training left out; nothing is logged.
-            config.trainer.logger = config.trainer.fast_dev_run = False
-            config.trainer.limit_val_batches = config.trainer.limit_test_batches = None
-            config.trainer.overfit_batches = 0.0
+            config.trainer.update(LEFT_OUT)
+            flags = [arg.partition("=")[0] for arg in self.args]
+            if typed := [flag for flag in flags if flag.startswith("--trainer.") and flag.split(".")[1] in LEFT_OUT]:
+                rank_zero_info(f"{', '.join(typed)}: left out, as every image is scored and nothing logged")
             self.save_config_callback = None
             # They have done their work; the teacher's file may be gone.
             config.model.teacher = config.model.selection = None
@@ -304,13 +311,17 @@ class DigitCLI(LightningCLI):
         # Data, optimizer and log folder first: where one of them is wrong, no half-made run is left behind.
         self.datamodule.setup("fit")
         self._verify_data(model)
+        model.setup("fit")  # the weights' memory format, which not every optimizer can deal with
         try:
             optimization = model.configure_optimizers()
         except ValueError:
             raise
         except Exception as error:  # any optimizer, any argument: learning rate null is a TypeError
             raise ValueError(f"model.optimizer or model.lr_scheduler: {error}") from error
-        verify_clipping(self.trainer, optimization["optimizer"] if isinstance(optimization, dict) else optimization)
+        optimizer = optimization["optimizer"] if isinstance(optimization, dict) else optimization
+        verify_clipping(self.trainer, optimizer)
+        if self.trainer.strategy.root_device.type == "cpu":  # where the weights are by now
+            try_optimizer(optimizer)
         if isinstance(optimization, dict):
             schedule = optimization["lr_scheduler"]
             self._check_schedule(schedule["scheduler"])

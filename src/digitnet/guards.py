@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import traceback
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,13 +105,16 @@ def _lock(folder: Path) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def explain_failures(trainer: L.Trainer) -> Iterator[None]:
-    """Turn what PyTorch says of a full memory or a dead process into one line.
+    """Turn what PyTorch says of a full memory or a dead process, and a callback of its settings, into one line.
 
     Raises:
-        OSError: in their place.
+        OSError, ValueError: in their place.
     """
     try:
         yield
+    except (AttributeError, ImportError, TypeError) as error:
+        _explain_callback(error)
+        raise
     except (RuntimeError, torch.OutOfMemoryError) as error:
         text = str(error)
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
@@ -120,11 +124,24 @@ def explain_failures(trainer: L.Trainer) -> Iterator[None]:
                 f"process {trainer.global_rank} of {trainer.world_size} lost another one, which ended or was killed; "
                 "all stop. After fit, go on with: python -m digitnet fit --ckpt_path last"
             ) from error
+        _explain_callback(error)
         raise
     finally:
         # Every five seconds Lightning looks whether a process it started ended badly, and if so kills this one, which
         # now has a line to print or a report to draw.
         getattr(trainer.strategy.launcher, "procs", []).clear()
+
+
+def _explain_callback(error: Exception) -> None:
+    """Name the callback of Lightning's that failed, if one did: with it, most often its settings are what is wrong.
+
+    Raises:
+        ValueError: in place of the error.
+    """
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, L.Callback) and type(owner).__module__.startswith("lightning."):
+            raise ValueError(f"trainer.callbacks: {type(owner).__name__}: {error}") from error
 
 
 def verify_is_text(config: Path) -> None:
@@ -171,6 +188,26 @@ def verify_settings(config: Any) -> None:
                     "the last one's, in the run's folder. To keep others too, add a "
                     "lightning.pytorch.callbacks.ModelCheckpoint to trainer.callbacks"
                 )
+
+
+def try_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Take a step of an optimizer that is thrown away afterwards, from gradients of zero; the weights stay.
+
+    Raises:
+        ValueError: it fails, as SparseAdam does with gradients that are not sparse.
+    """
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    kept = [weight.detach().clone() for weight in weights]
+    try:
+        for weight in weights:
+            weight.grad = torch.zeros_like(weight)
+        optimizer.step(lambda: 0.0)
+    except Exception as error:  # any optimizer, any argument
+        raise ValueError(f"model.optimizer: {type(optimizer).__name__}: {error}") from error
+    finally:
+        for weight, value in zip(weights, kept, strict=True):
+            weight.data.copy_(value)
+            weight.grad = None
 
 
 def try_schedule(scheduler: Any) -> None:
