@@ -230,10 +230,11 @@ def test_other_optimizers_and_schedules_come_from_flags(digitnet: Run, tmp_path:
 def test_flags_that_scoring_leaves_out_are_told(
     digitnet: Run, trained_run: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert digitnet("validate", "--trainer.limit_val_batches=1", "--trainer.logger", "false") == 0
+    best = ("--ckpt_path", trained_run / "checkpoints" / "best.ckpt")
+    assert digitnet("validate", *best, "--trainer.limit_val_batches=1", "--trainer.logger", "false") == 0
     assert "--trainer.limit_val_batches, --trainer.logger: left out, as every image is scored" in caplog.text
     caplog.clear()
-    assert digitnet("validate") == 0
+    assert digitnet("validate", *best) == 0
     assert "left out" not in caplog.text
 
 

@@ -235,7 +235,8 @@ class DigitCLI(LightningCLI):
         config = self.config[self.subcommand]
         if self.subcommand != "fit":
             warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")  # the callbacks of fit
-            config.trainer.update(LEFT_OUT)
+            for name, value in LEFT_OUT.items():
+                config.trainer[name] = value
             flags = [arg.partition("=")[0] for arg in self.args]
             if typed := [flag for flag in flags if flag.startswith("--trainer.") and flag.split(".")[1] in LEFT_OUT]:
                 rank_zero_info(f"{', '.join(typed)}: left out, as every image is scored and nothing logged")
