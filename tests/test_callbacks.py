@@ -138,3 +138,11 @@ def test_each_machine_stops_at_its_first_process() -> None:
 def test_decay_outside_its_range(decay: float) -> None:
     with pytest.raises(ValueError, match=f"decay is {decay}"):
         AverageWeights(decay)
+
+
+def test_weights_are_averaged_on_the_device_that_trains() -> None:
+    average = AverageWeights()
+    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("meta")))
+    average.setup(trainer, DigitClassifier(), "fit")  # Lightning moves the module afterwards
+    assert average._average_model is not None
+    assert {weight.device.type for weight in average._average_model.parameters()} == {"meta"}

@@ -155,3 +155,20 @@ def test_foreign_checkpoints_are_refused_in_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(refusal.value)
         assert f"{name}.ckpt" in str(refusal.value)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_losses_are_counted_in_full_in_half_precision(dtype: torch.dtype) -> None:
+    model = DigitClassifier().to(dtype=dtype)  # as Lightning's bf16-true and 16-true do
+    losses = torch.linspace(0, 0.2, 60_000)[torch.randperm(60_000, generator=torch.Generator().manual_seed(0))]
+    metric = model.get_metric("val/loss")
+    for batch in losses.split(32):
+        metric.update(batch)
+    assert metric.compute().item() == pytest.approx(0.1, rel=1e-4)
+    metric.reset()
+    metric.update(losses[:1])
+    assert metric.compute().item() == pytest.approx(losses[0].item(), rel=1e-6)
+
+
+def test_losses_are_counted_in_double_precision_where_all_is() -> None:
+    assert DigitClassifier().to(dtype=torch.float64).get_metric("val/loss").dtype == torch.float64

@@ -716,6 +716,20 @@ def test_test_leaves_a_report_to_open(
     assert digitnet("validate") == 0  # which leaves the test's report alone
 
 
+@pytest.mark.parametrize("place", ["~/runs", "$HOME/runs"])
+def test_a_run_lies_in_one_folder_when_its_place_is_not_written_out(
+    digitnet: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    save_dir = f"--trainer.logger.init_args.save_dir={place}"
+    for number in range(2):
+        assert digitnet("fit", "--config", QUICKSTART, *SHORT, "--trainer.max_epochs", 1, save_dir) == 0
+        run = tmp_path / "home" / "runs" / "quickstart" / f"version_{number}"
+        assert {"config.yaml", "checkpoints/last.ckpt"} <= {str(each.relative_to(run)) for each in run.rglob("*")}
+    assert {path.name for path in tmp_path.iterdir()} == {"home"}
+    assert digitnet("fit", "--ckpt_path", run / "checkpoints" / "last.ckpt", "--trainer.max_epochs", 2) == 0
+
+
 def test_output_that_nobody_reads_to_its_end_is_no_error() -> None:
     code = (
         "import sys; from digitnet import __main__ as module; module.load_function = lambda place: print; "
@@ -727,3 +741,11 @@ def test_output_that_nobody_reads_to_its_end_is_no_error() -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 141  # as a shell says of a program that a closed pipe ended
+    with subprocess.Popen(
+        [sys.executable, "-m", "digitnet", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141

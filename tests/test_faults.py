@@ -231,6 +231,26 @@ def test_damaged_last_checkpoint_gives_way_to_the_one_before(
     assert same_weights(last, trained_run / "checkpoints" / "last.ckpt")
 
 
+def test_a_damaged_checkpoint_never_takes_the_place_of_the_one_before(tmp_path: Path) -> None:
+    last, previous = tmp_path / "last.ckpt", tmp_path / "previous.ckpt"
+    for epoch in range(2):
+        save_checkpoint({"epoch": epoch, "weights": torch.zeros(1000)}, last)
+    flip_bit(last)
+    if Path("/dev/full").exists():
+        part = tmp_path / f".part-{os.getpid()}-last.ckpt"
+        part.symlink_to("/dev/full")
+        with pytest.raises(OSError, match=r"last\.ckpt \(No space left on device\); the one before it is kept$"):
+            save_checkpoint({"epoch": 1}, last)
+        assert torch.load(previous, weights_only=True)["epoch"] == 0
+        flip_bit(previous)
+        part.symlink_to("/dev/full")
+        with pytest.raises(OSError, match=r"; nothing is kept$"):
+            save_checkpoint({"epoch": 1}, last)
+        flip_bit(previous)
+    save_checkpoint({"epoch": 1}, last)
+    assert [torch.load(path, weights_only=True)["epoch"] for path in (previous, last)] == [0, 1]
+
+
 def test_damaged_checkpoint_without_another_is_refused(
     digitnet: Run, trained_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

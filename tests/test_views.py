@@ -129,3 +129,9 @@ def test_zooming_in_is_as_precise_in_any_precision(dtype: torch.dtype) -> None:
             found = zoom_in(images, training)
         assert found.dtype == dtype
         torch.testing.assert_close(found, expected.to(dtype), rtol=1e-6 if dtype == torch.float64 else 2**-7, atol=1e-5)
+        torch.manual_seed(0)
+        torch.set_default_dtype(dtype)  # as Lightning does in bf16-true and the like
+        try:
+            assert torch.equal(zoom_in(images, training), found)
+        finally:
+            torch.set_default_dtype(torch.float32)

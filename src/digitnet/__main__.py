@@ -70,26 +70,8 @@ def main(args: list[str] | None = None) -> int:
     if args is None and isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # for names with letters that the output's encoding lacks
     args = sys.argv[1:] if args is None else args
-    command = args[0] if args else ""
-    if command in ("", "-h", "--help", "help"):
-        print(HELP.format(commands="\n".join(f"  {name:<11}{summary}" for name, (_, summary) in COMMANDS.items())))
-        return 0 if command else 2
-    if command == "--version":
-        print(f"digitnet {digitnet.__version__}")
-        return 0
-    if command not in COMMANDS:
-        near = nearest_name(command, COMMANDS)
-        print(f"digitnet: error: no command {command!r}{near} (python -m digitnet --help lists them)", file=sys.stderr)
-        return 2
-    code: Any = None
     try:
-        function = load_function(COMMANDS[command][0])
-        if function.__module__ == "digitnet.cli":
-            cli = function(args)
-            if command in FOLLOW_UPS and cli.trainer.is_global_zero:
-                load_function(FOLLOW_UPS[command])(cli.tested)
-        else:
-            code = run_function(function, command, args[1:])
+        code = run_command(args)
         print(end="", flush=True)  # now, where a pipe that nobody reads can be told of
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError) and is_unread():
@@ -105,6 +87,28 @@ def main(args: list[str] | None = None) -> int:
         print("digitnet: stopped", file=sys.stderr)
         return 130
     return code if isinstance(code, int) else 0
+
+
+def run_command(args: list[str]) -> Any:
+    """Run the command that ``args`` begin with, on what follows it; return what it returns, or an exit code."""
+    command = args[0] if args else ""
+    if command in ("", "-h", "--help", "help"):
+        print(HELP.format(commands="\n".join(f"  {name:<11}{summary}" for name, (_, summary) in COMMANDS.items())))
+        return 0 if command else 2
+    if command == "--version":
+        print(f"digitnet {digitnet.__version__}")
+        return 0
+    if command not in COMMANDS:
+        near = nearest_name(command, COMMANDS)
+        print(f"digitnet: error: no command {command!r}{near} (python -m digitnet --help lists them)", file=sys.stderr)
+        return 2
+    function = load_function(COMMANDS[command][0])
+    if function.__module__ != "digitnet.cli":
+        return run_function(function, command, args[1:])
+    cli = function(args)
+    if command in FOLLOW_UPS and cli.trainer.is_global_zero:
+        load_function(FOLLOW_UPS[command])(cli.tested)
+    return 0
 
 
 def is_unread() -> bool:

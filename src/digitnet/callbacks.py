@@ -125,6 +125,10 @@ class AverageWeights(WeightAveraging):
         self.decay = decay
         super().__init__(multi_avg_fn=self._average)
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._device = trainer.strategy.root_device  # the module itself is moved there only later
+        super().setup(trainer, pl_module, stage)
+
     def _average(self, averages: list[Tensor], currents: list[Tensor], num_averaged: Tensor | int) -> None:
         total = 1 - self.decay ** (int(num_averaged) + 1)  # of all weights of the average, the newest 1 - decay
         currents = [current.to(average.dtype) for average, current in zip(averages, currents, strict=True)]

@@ -183,7 +183,7 @@ def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
     content = io.BytesIO()  # 17 MB of a DigitNet; PyTorch writing to a file by itself does not say why it fails
     torch.save(checkpoint, content)
     try:
-        if path.name == "last.ckpt" and path.is_file():
+        if path.name == "last.ckpt" and is_whole(path):  # a damaged one would take the place of one to go on from
             with replace_whole(path.with_name("previous.ckpt")) as part:
                 try:
                     os.link(path, part)
@@ -192,11 +192,21 @@ def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
         with replace_whole(path) as part:
             part.write_bytes(content.getbuffer())
     except OSError as error:
-        kept = "the one before it is kept" if path.is_file() else "nothing is kept"
-        last = path.with_name("last.ckpt")
-        can_go_on = last.is_file() and find_run(last)
+        last, previous = path.with_name("last.ckpt"), path.with_name("previous.ckpt")
+        before = (path, previous) if path == last else (path,)
+        kept = "the one before it is kept" if any(map(is_whole, before)) else "nothing is kept"
+        can_go_on = last.is_file() and any(map(is_whole, (last, previous))) and find_run(last)
         advice = f". Make room, then go on: {tell_command('fit', '--ckpt_path', shorten(last))}" if can_go_on else ""
         raise OSError(f"cannot save {path} ({os.strerror(error.errno or 0)}); {kept}{advice}") from error
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file is there and is a zip archive, as PyTorch writes them, of which every checksum is right."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except Exception:  # a damaged one can fail in any way
+        return False
 
 
 def save_weights(net: nn.Module, path: Path, **more: Any) -> None:

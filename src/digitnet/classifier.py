@@ -27,6 +27,19 @@ MAX_COLUMNS = 10
 METRICS = ("train/loss", "train/acc", "val/loss", "val/acc")  # of each epoch
 
 
+class MeanLoss(MeanMetric):
+    """A running mean that is counted in float32 at least, whatever dtype the module is turned into.
+
+    Lightning's bf16-true turns all of a module, metrics too, and bfloat16 counts no further than 256 by ones.
+    """
+
+    def _apply(self, fn: Any, exclude_state: Any = "") -> Self:
+        super()._apply(fn, exclude_state)
+        if torch.finfo(self.dtype).bits < 32:
+            self.set_dtype(torch.float32)
+        return self
+
+
 class DigitClassifier(L.LightningModule):
     """Trains and scores a network: cross-entropy loss, accuracy, any torch optimizer and schedule.
 
@@ -96,7 +109,7 @@ class DigitClassifier(L.LightningModule):
         self.example_input_array = torch.zeros(1, 1, 28, 28, dtype=torch.uint8)
         self.metrics = nn.ModuleDict()
         for stage in ("train", "val", "test"):
-            self.metrics[f"{stage}/loss"] = MeanMetric(nan_strategy="disable")  # or it would hide a NaN loss
+            self.metrics[f"{stage}/loss"] = MeanLoss(nan_strategy="disable")  # or it would hide a NaN loss
             self.metrics[f"{stage}/acc"] = MulticlassAccuracy(num_classes=10, average="micro")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:

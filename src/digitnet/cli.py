@@ -245,6 +245,12 @@ class DigitCLI(LightningCLI):
             config.model.teacher = config.model.selection = None
             return
         verify_settings(config)
+        loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
+        for settings in (getattr(logger, "init_args", None) or {} for logger in loggers):
+            for name in ("save_dir", "name"):
+                # Lightning expands "~/runs" and "$SCRATCH" for a logger's own files, not for the checkpoints beside.
+                if value := settings.get(name):
+                    settings[name] = os.path.expanduser(os.path.expandvars(value))  # noqa: PTH111  may be a URL
         if self.run_dir:
             self._go_on_in(self.run_dir, config.trainer.logger)
         if config.trainer.logger is False:

@@ -7,6 +7,7 @@ are drawn anew each time; it returns (B, 1, 28, 28).
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -106,24 +107,25 @@ def zoom_in(images: Tensor, training: bool) -> Tensor:
     Returns:
         (B, 1, 28, 28), of the dtype given.
     """
-    num, side, device = images.shape[0], images.shape[-1], images.device
-    axis = torch.arange(side, device=device) - (side - 1) / 2  # 0 at the middle
+    num, side = images.shape[0], images.shape[-1]
+    # In float32 whatever the default is: half precision cannot say well enough where a pixel comes from.
+    exact: dict[str, Any] = {"device": images.device, "dtype": torch.float32}
+    axis = torch.arange(side, **exact) - (side - 1) / 2  # 0 at the middle
     x, y = axis.expand(num, side, side), axis[:, None].expand(num, side, side)  # where each pixel comes from
     if training:
-        angle = torch.empty(num, 1, 1, device=device).uniform_(-1, 1) * (MAX_ANGLE_DEG * math.pi / 180)
+        angle = torch.empty(num, 1, 1, **exact).uniform_(-1, 1) * (MAX_ANGLE_DEG * math.pi / 180)
         enlargement = angle.cos() + angle.sin().abs()  # of a square, turned, until it covers itself
         cos, sin = angle.cos() / enlargement, angle.sin() / enlargement
         x, y = cos * x - sin * y, sin * x + cos * y
-        nodes = torch.zeros(num, 2, 5, 5, device=device)
-        nodes[:, :, 1:-1, 1:-1] = torch.randint(-1, 2, (num, 2, 3, 3), device=device).float()
+        nodes = torch.zeros(num, 2, 5, 5, **exact)
+        nodes[:, :, 1:-1, 1:-1] = torch.randint(-1, 2, (num, 2, 3, 3), device=images.device).float()
         bend = F.grid_sample(nodes, torch.stack([x, y], dim=-1) * (2 / side), align_corners=True)  # (B, 2, 28, 28)
         x, y = x + bend[:, 0], y + bend[:, 1]
     scale = (NEAR_TRAINED if training else NEAR) / side
     x, y = x * scale, y * scale
     if training:
-        shift = torch.randint(0, 4, (2, num, 1, 1), device=device) - 1.5
+        shift = torch.randint(0, 4, (2, num, 1, 1), device=images.device).float() - 1.5
         x, y = x + shift[0], y + shift[1]
     grid = torch.stack([x, y], dim=-1) * (2 / side)  # -1 to 1 across the image
-    # In float32 whatever the dtype: half precision cannot say well enough where a pixel comes from.
     near = F.grid_sample(images.float(), grid, mode="bicubic", align_corners=False).clamp(0, 1)  # it overshoots
     return F.layer_norm(near, near.shape[1:]).to(images.dtype)

@@ -29,6 +29,7 @@ Box = tuple[slice, slice]
 
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF")
 MAX_PIXELS, MAX_SIDE = 64_000_000, 16_384  # above what phones take; about 250 MB when decoded
+MAX_PAGES = 100  # are counted
 WORK_SIDE, SHEET_SIDE = 384, 1536  # a digit is looked for at this size
 MIN_SIDE = 96  # what is smaller is enlarged first
 SMALLEST = 8  # pixels of a sheet so large: no digit on it is smaller
@@ -88,18 +89,31 @@ def open_picture(source: Path | BinaryIO | bytes) -> Image.Image:
             f"too large: {width:,} x {height:,} pixels; the limit is {MAX_PIXELS:,} pixels and {MAX_SIDE:,} a side"
         )
     try:
-        if picture.format == "JPEG":
+        is_photo = picture.format in ("JPEG", "MPO")  # the second with a preview behind
+        if is_photo:
             picture.draft("RGB", (SHEET_SIDE, SHEET_SIDE))  # decodes a large photo at half size or less, much faster
         picture.load()
         is_turned = picture.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
-        num_pages = getattr(picture, "n_frames", 1) if picture.format != "JPEG" else 1  # its second is a preview
+        num_pages = 1 if is_photo else count_pages(data)
         if is_turned:
             picture = ImageOps.exif_transpose(picture)
     except Exception as error:  # so can broken content
         raise ValueError("damaged: the picture breaks off or cannot be decoded") from error
-    steps = ("turned by EXIF" if is_turned else "", f"first of {num_pages} pages" if num_pages > 1 else "")
+    number = f"{num_pages} or more" if num_pages == MAX_PAGES else f"{num_pages}"
+    steps = ("turned by EXIF" if is_turned else "", f"first of {number} pages" if num_pages > 1 else "")
     picture.info["steps"] = tuple(filter(None, steps))
     return picture
+
+
+def count_pages(data: bytes) -> int:
+    """How many pages or frames a picture has, up to MAX_PAGES: of some formats each has to be looked for."""
+    picture = Image.open(io.BytesIO(data), formats=FORMATS)
+    for number in range(1, MAX_PAGES):
+        try:
+            picture.seek(number)
+        except Exception:  # there is none, or what is there cannot be read
+            return number
+    return MAX_PAGES
 
 
 # ------------------------------------------------------------------------------------------------------ normalising

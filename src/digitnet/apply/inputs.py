@@ -41,8 +41,10 @@ def find_pictures(files: Iterable[str]) -> Iterator[Source]:
     for name in files:
         if not name:
             yield Source(name, None, "an empty name")
+        elif name == "-" and (has_read or sys.stdin is None):
+            yield Source(name, None, "was read already" if has_read else "standard input is closed; give a file")
         elif name == "-":
-            yield Source(name, sys.stdin.buffer.read()) if not has_read else Source(name, None, "was read already")
+            yield Source(name, sys.stdin.buffer.read())
             has_read = True
         else:
             try:
