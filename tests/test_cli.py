@@ -522,6 +522,7 @@ WRONG = [
     (["fit", "--data.split", "[1297, 250, 200]"], 1, "data.split [1297, 250, 200] adds up to 1,747"),
     (["fit", "--data.split", "[1297, 500]"], 2, "data.split"),
     (["fit", "--data.split", "[2000, -453, 250]"], 1, "data.split is [2000, -453, 250]"),
+    (["fit", "--seed_everything", "-5"], 1, "seed_everything is -5; it must be from 0 to 2**32 - 1"),
     (["fit", "--data.batch_size", "0"], 1, "data.batch_size is 0"),
     (["fit", "--data.augmentation.shift_frac", "-0.1"], 1, "shift_frac is -0.1"),
     (["fit", "--data.augmentation.shift", "0.1"], 2, "did you mean shift_frac?"),

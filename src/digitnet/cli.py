@@ -210,6 +210,8 @@ class DigitCLI(LightningCLI):
             rank_zero_info(f"{subcommand}: {self.checkpoint}")
         self.config = parser.parse_args([subcommand, *flags])
         config = self.config[subcommand]
+        if not 0 <= (seed := config.get("seed_everything") or 0) < 2**32:
+            raise ValueError(f"seed_everything is {seed}; it must be from 0 to 2**32 - 1")
         configured = config.get("ckpt_path")
         if configured and str(configured) != ckpt_path:  # read too late to find the run by it
             raise ValueError(f"a config has ckpt_path: {configured}; give it as a flag, --ckpt_path")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import struct
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageOps
 from scipy import ndimage
 
-from digitnet.apply.imaging import Digit28, normalize, open_picture, split_digits
+from digitnet.apply.imaging import Digit28, digit_groups, normalize, open_picture, split_digits
 from digitnet.apply.ink import Invert
 from digitnet.apply.sheet import add_margin
 from digitnet.data import Digits
@@ -148,6 +149,42 @@ def test_an_animation_gives_its_first_frame(kind: str) -> None:
     frames = encoded(bar(), kind, save_all=True, append_images=[Image.new("L", (200, 200), 255)], **lossless)
     np.testing.assert_array_equal(found(open_picture(frames)).image, found(bar()).image)
     assert "first of 2 pages" in found(open_picture(frames)).steps
+
+
+def test_many_pages_are_not_counted_to_their_end() -> None:
+    rest = [Image.new("L", (20, 20), level % 256) for level in range(150)]
+    assert (
+        "first of 100 or more pages"
+        in open_picture(encoded(bar(), "TIFF", save_all=True, append_images=rest)).info["steps"]
+    )
+
+
+def test_the_preview_behind_a_photo_is_no_page() -> None:
+    photo = open_picture(encoded(bar(), "MPO", save_all=True, append_images=[Image.new("L", (20, 20), 255)]))
+    assert photo.format == "MPO"
+    assert photo.info["steps"] == ()
+    assert extent(found(photo).image) == (20, 4)
+
+
+def test_thousands_of_pieces_take_no_memory_by_pairs() -> None:
+    corners = np.array([(30 * row, 30 * column) for row in range(63) for column in range(63)])
+    boxes = np.column_stack([corners, corners + np.where(np.arange(len(corners)) % 2, 20, 9)[:, None]])
+    tracemalloc.start()
+    groups, num_small = digit_groups(boxes, np.ones(len(boxes), bool))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (len(groups), num_small) == (len(boxes), 0)
+    assert peak < 8e6  # all pairs are 16 million
+
+
+def test_of_very_many_pieces_the_largest_are_looked_at() -> None:
+    dots = np.full((380, 380), 255, np.uint8)
+    dots[::4, ::4] = 0  # 9,025
+    picture = Image.fromarray(dots)
+    picture.paste(bar().crop((0, 0, 80, 140)), (200, 200))
+    digit = found(picture)
+    assert extent(digit.image) == (20, 4)
+    assert "only the 4,000 largest pieces looked at" in digit.steps
 
 
 def png_header(width: int, height: int) -> bytes:

@@ -177,6 +177,8 @@ def test_patterns_standard_input_and_contact_sheets(
         "-",
     ]
     assert err == "digitnet: error: -: was read already\ndigitnet: error: '': an empty name\n"
+    monkeypatch.setattr(sys, "stdin", None)  # as of a program started with it closed
+    assert [source.message for source in find_pictures(["-"])] == ["standard input is closed; give a file"]
     for pattern in ("odd/*", "odd/**/*.png"):
         names = [source.name for source in find_pictures([pattern])]
         assert names == ["odd/in/line\nbreak\x1b at 9.41\u202fPM.png"]

@@ -19,7 +19,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
-from scipy import ndimage
+from scipy import ndimage, sparse
 from scipy.sparse import csgraph
 
 from digitnet.apply.ink import MIN_CONTRAST, Ink, Invert, count, find_ink, quantile
@@ -34,6 +34,8 @@ WORK_SIDE, SHEET_SIDE = 384, 1536  # a digit is looked for at this size
 MIN_SIDE = 96  # what is smaller is enlarged first
 SMALLEST = 8  # pixels of a sheet so large: no digit on it is smaller
 LARGE = 0.3  # of the digit's ink: a piece with more of it is no speck
+MAX_PIECES = 4_000  # of ink are looked at, the largest; a sheet has room for some 3,000 digits
+TOLD_OF_MANY = f"only the {MAX_PIECES:,} largest pieces looked at"
 NUM_CELLS = 3  # pieces that a frame encloses, and no digit does
 GAP = 0.15  # of the digit: strokes of one digit are not further apart
 FINE = 4  # strokes are measured and changed at this many times MNIST's resolution
@@ -247,9 +249,12 @@ def pick_digit(ink: Ink) -> Found | None:
         kept = near
     num_left = int((~kept & ~other).sum())
     num_large = int((~kept & ~other & (amounts > LARGE * amounts[main])).sum())
+    if len(bold) == MAX_PIECES:
+        steps.append(TOLD_OF_MANY)
     if num_left > num_large:
         steps.append(f"{count(num_left - num_large, 'speck')} dropped")
-    return cut_out(ink, labels, kept, tuple(steps))._replace(num_left_out=num_large, num_others=int(other.sum()))
+    found = cut_out(ink, labels, boxes, np.flatnonzero(kept), tuple(steps))
+    return found._replace(num_left_out=num_large, num_others=int(other.sum()))
 
 
 def find_other_things(labels: np.ndarray, boxes: np.ndarray, amounts: np.ndarray) -> np.ndarray:
@@ -300,30 +305,29 @@ def measure_pieces(ink: Ink, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return amounts, np.array([(r.start, c.start, r.stop, c.stop) for r, c in ndimage.find_objects(labels)])
 
 
-def cut_out(ink: Ink, labels: np.ndarray, kept: np.ndarray, steps: tuple[str, ...]) -> Found:
-    """The ink of some pieces, with their soft edges, scaled so that a stroke's middle is 1."""
-    mask = np.concatenate([[False], kept])[labels]
-    others = (labels > 0) & ~mask
-    rows, columns = ndimage.find_objects(mask.astype(np.uint8))[0]
-    height, width = mask.shape
-    margin = 2 + max(rows.stop - rows.start, columns.stop - columns.start) // 40
+def cut_out(ink: Ink, labels: np.ndarray, boxes: np.ndarray, pieces: np.ndarray, steps: tuple[str, ...]) -> Found:
+    """The ink of some pieces (K,), by their places in ``boxes``, with soft edges, scaled so a stroke's middle is 1."""
+    top, left, bottom, right = (int(end) for end in (*boxes[pieces, :2].min(0), *boxes[pieces, 2:].max(0)))
+    height, width = labels.shape
+    margin = 2 + max(bottom - top, right - left) // 40
     box = (
-        slice(max(rows.start - margin, 0), min(rows.stop + margin, height)),
-        slice(max(columns.start - margin, 0), min(columns.stop + margin, width)),
+        slice(max(top - margin, 0), min(bottom + margin, height)),
+        slice(max(left - margin, 0), min(right + margin, width)),
     )
-    values, mask = ink.values[box], mask[box]
-    soft = ndimage.maximum_filter(mask, 2 * margin + 1) & ~others[box]
+    values, within = ink.values[box], labels[box]  # not the whole sheet for each digit on it
+    mask = np.isin(within, pieces + 1)
+    soft = ndimage.maximum_filter(mask, 2 * margin + 1) & ((within == 0) | mask)
     full = quantile(values[mask], 0.6)
     low = min(ink.floor / 2, full / 4)
     scaled = np.where(soft, (values - low) / (full - low), 0).clip(0, 1)
-    return Found(scaled.astype(np.float32), (rows, columns), steps)
+    return Found(scaled.astype(np.float32), (slice(top, bottom), slice(left, right)), steps)
 
 
 def label_ink(ink: Ink) -> tuple[np.ndarray, np.ndarray]:
     """Number the pieces of ink (H, W) from 1, and say which of them are bold, (N,).
 
     A piece is above half of Otsu's threshold. A bold one reaches it somewhere; the others, of a fainter pen perhaps,
-    are well above the noise and have a tenth of the largest piece's ink or more.
+    are well above the noise and have a tenth of the largest piece's ink or more. Of more than MAX_PIECES, the largest.
     """
     values = ink.values[ink.values > ink.floor]
     edges = np.linspace(0, values.max(), 65)
@@ -339,6 +343,7 @@ def label_ink(ink: Ink) -> tuple[np.ndarray, np.ndarray]:
     amounts = np.bincount(labels.ravel(), ink.values.ravel(), num + 1)
     is_piece = is_bold | (is_clear & (amounts > 0.1 * amounts[1:].max(initial=0)))
     is_piece[0] = False
+    is_piece[np.argsort(-amounts * is_piece, kind="stable")[MAX_PIECES:]] = False
     numbers = np.where(is_piece, np.cumsum(is_piece), 0)
     return numbers[labels], is_bold[is_piece]
 
@@ -411,6 +416,8 @@ def split_digits(picture: Image.Image, invert: Invert = "auto") -> list[Digit28]
     (labels, bold), steps = label_ink(ink), (*picture.info.get("steps", ()), *sheet_steps, *ink.steps)
     if not len(bold):
         return []
+    if len(bold) == MAX_PIECES:
+        steps = (*steps, TOLD_OF_MANY)
     amounts, boxes = measure_pieces(ink, labels)
     at_edge = (boxes[:, :2] == 0).any(1) | (boxes[:, 2:] == labels.shape).any(1)
     other = find_other_things(labels, boxes, amounts)
@@ -429,7 +436,7 @@ def split_digits(picture: Image.Image, invert: Invert = "auto") -> list[Digit28]
         steps = (*steps, f"{count(num_small, 'small piece')} left out")
     found = []
     for group in groups:
-        digit = cut_out(ink, labels, group, ())
+        digit = cut_out(ink, labels, boxes, group, ())
         image, width_step = to_mnist(digit.ink)
         found.append((digit.box, Digit28(image, (*steps, *width_step))))
     return [digit for _, digit in reading_order(found)]
@@ -451,19 +458,23 @@ def digit_groups(boxes: np.ndarray, whole: np.ndarray) -> tuple[list[np.ndarray]
     """Which pieces (N, 4) form a digit together, a small one joining what it lies over, under or against.
 
     Returns:
-        Of each digit (N,) bool; and how many are left out as they are far smaller than the others, but no specks.
+        Of each digit its pieces' places (K,); and how many are left out as they are far smaller than the others, but no
+        specks.
     """
-    heights = boxes[:, 2] - boxes[:, 0]
+    heights, widths = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     usual = np.median(heights[whole][heights[whole] >= 0.5 * heights[whole].max()])
-    lows, highs = boxes[:, None, :2], boxes[:, None, 2:]
-    gaps = np.maximum(lows, lows.swapaxes(0, 1)) - np.minimum(highs, highs.swapaxes(0, 1))  # (N, N, 2), overlap < 0
-    widths = boxes[:, 3] - boxes[:, 1]
-    small = np.minimum(heights[:, None], heights) < 0.55 * usual
-    stacked = (-gaps[..., 1] > 0.5 * np.minimum(widths[:, None], widths)) & (gaps[..., 0] < 0.25 * usual)
-    against = gaps.max(-1) < 0.1 * usual
-    joined = small & (stacked | against) & whole & whole[:, None]
+    pairs: list[np.ndarray] = [np.zeros((0, 2), int)]
+    for i in np.flatnonzero(whole & (heights < 0.55 * usual)):  # piece by piece: there may be thousands of either
+        gaps = np.maximum(boxes[i, :2], boxes[:, :2]) - np.minimum(boxes[i, 2:], boxes[:, 2:])  # (N, 2), overlap < 0
+        stacked = (-gaps[:, 1] > 0.5 * np.minimum(widths[i], widths)) & (gaps[:, 0] < 0.25 * usual)
+        against = gaps.max(1) < 0.1 * usual
+        others = np.flatnonzero((stacked | against) & whole)
+        pairs.append(np.column_stack([np.full_like(others, i), others]))
+    one, other = np.concatenate(pairs).T
+    joined = sparse.coo_array((np.ones(len(one)), (one, other)), shape=(len(boxes), len(boxes)))
     _, groups = csgraph.connected_components(joined, directed=False)
-    members = [whole & (groups == group) for group in np.unique(groups[whole])]
+    order = np.flatnonzero(whole)[np.argsort(groups[whole], kind="stable")]
+    members = np.split(order, np.flatnonzero(np.diff(groups[order])) + 1)
     sizes = np.array([boxes[m, 2:].max(0) - boxes[m, :2].min(0) for m in members])  # (M, 2): height, width
     is_digit, is_speck = sizes[:, 0] >= 0.3 * usual, sizes.max(1) < SMALLEST
     digits = [m for m, found in zip(members, is_digit & ~is_speck, strict=True) if found]

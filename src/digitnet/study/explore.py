@@ -13,7 +13,7 @@ from digitnet import figures
 from digitnet.augment import Augmentation, RandomAffine, preview_augmentation
 from digitnet.data import MNISTDataModule
 from digitnet.errors import nearest_name, to_one_line
-from digitnet.files import tell_command, write_file
+from digitnet.files import make_writable, tell_command, write_file
 from digitnet.imports import limit_imports
 from digitnet.model import ARCHITECTURES, DigitNet, SingleNet
 from digitnet.study.page import render_page
@@ -65,6 +65,7 @@ def explore(config: Path | None = None, folder: Path = Path("explore"), seed: in
     settings = read_config(config) if config else None
     module = MNISTDataModule(augmentation=RandomAffine()) if settings is None else load_data_module(settings)
     net = None if settings is None else make_untrained(settings)
+    make_writable(folder, "--folder")
     pictures = draw_pictures(module, net, seed)
     for picture in pictures:
         write_file(folder / f"{picture.name}.png", figures.render(picture.figure, "png", dpi=200))
