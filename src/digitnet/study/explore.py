@@ -65,8 +65,8 @@ def explore(config: Path | None = None, folder: Path = Path("explore"), seed: in
     settings = read_config(config) if config else None
     module = MNISTDataModule(augmentation=RandomAffine()) if settings is None else load_data_module(settings)
     net = None if settings is None else make_untrained(settings)
-    make_writable(folder, "--folder")
     pictures = draw_pictures(module, net, seed)
+    make_writable(folder, "--folder")  # not before: what cannot be drawn leaves no folder
     for picture in pictures:
         write_file(folder / f"{picture.name}.png", figures.render(picture.figure, "png", dpi=200))
         write_file(folder / f"{picture.name}.svg", figures.render(picture.figure, "svg"))
