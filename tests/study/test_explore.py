@@ -147,7 +147,7 @@ def test_a_seed_that_cannot_be_is_refused() -> None:
 def test_a_file_in_the_folders_way_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("digitnet.study.explore.draw_pictures", lambda *_: [])
     (tmp_path / "out").write_text("mine")
-    with pytest.raises(OSError, match="a file is in the way.*name another place with --folder"):
+    with pytest.raises(OSError, match=r"a file is in the way.*name another place with --folder"):
         explore(ROOT / "configs" / "quickstart.yaml", tmp_path / "out")
     assert (tmp_path / "out").read_text() == "mine"
 
