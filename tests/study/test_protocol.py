@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,18 @@ trainer: {max_epochs: 2, precision: 32-true, enable_model_summary: false}
 pictures: {every_n_epochs: 0}
 calibration: {num_digits: 0}
 """
+
+
+@pytest.fixture
+def few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, Tensor]:
+    """500 of the bundled digits, of which 300 are trained on, as ``few.npz``, and CONFIG with them as ``mine.yaml``."""
+    digits = load_bundled_digits()
+    images, labels = digits.images[:500], digits.labels[:500]
+    np.savez(tmp_path / "few.npz", images=images, labels=labels)
+    monkeypatch.setattr(module, "SPLIT", (300, 100, 100))
+    config = CONFIG.replace("source: digits", "source: few.npz").replace("batch_size: 800", "batch_size: 150")
+    (tmp_path / "mine.yaml").write_text(config)
+    return torch.from_numpy(images)[:, None], torch.from_numpy(labels).long()
 
 
 FINISHED: dict[str, Any] = {
@@ -73,10 +86,8 @@ def test_mistakes_are_counted_alone_and_averaged_over_shifts() -> None:
 
 
 def test_trains_each_seed_once_and_scores_its_last_epoch(
-    digitnet: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    digitnet: Run, tmp_path: Path, few: tuple[Tensor, Tensor], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(module, "SPLIT", (1597, 100, 100))
-    (tmp_path / "mine.yaml").write_text(CONFIG)
     left = tmp_path / "out" / f"mine-{load_row(tmp_path / 'mine.yaml').digest[:8]}" / "seed_42"
     left.mkdir(parents=True)
     (left / "config.yaml").write_text("seed_everything: 1\n")  # by one that was killed in its first epoch
@@ -93,8 +104,7 @@ def test_trains_each_seed_once_and_scores_its_last_epoch(
     assert "wrong labels" not in table.read_text()  # which are MNIST's
 
     # The last epoch, scored by hand.
-    digits = load_bundled_digits()
-    images, labels = torch.from_numpy(digits.images[1597:])[:, None], torch.from_numpy(digits.labels[1597:]).long()
+    images, labels = few[0][300:], few[1][300:]
     from digitnet import DigitNet
 
     for run, result in zip(runs, results, strict=True):
@@ -166,31 +176,29 @@ def test_parts_train_their_own_seeds_and_tabulate_all_that_are_done(
 
 
 def test_a_hold_out_of_the_training_images_is_scored_in_place_of_the_test_images(
-    digitnet: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    digitnet: Run, tmp_path: Path, few: tuple[Tensor, Tensor]
 ) -> None:
-    monkeypatch.setattr(module, "SPLIT", (1597, 100, 100))
     schedule = "torch.optim.lr_scheduler.OneCycleLR, init_args: {max_lr: 0.002, epochs: 2, steps_per_epoch: 2}"
-    config = CONFIG.replace("batch_size: 800", "batch_size: 1500")
+    config = (tmp_path / "mine.yaml").read_text().replace("batch_size: 150", "batch_size: 250")
     (tmp_path / "mine.yaml").write_text(config + f"model: {{lr_scheduler: {{class_path: {schedule}}}}}\n")
-    assert digitnet("protocol", "mine.yaml", "--seeds", 1, "--holdout", 201, "--output", "out") == 0
-    (run,) = (tmp_path / "out").glob("mine-*-holdout_201/seed_42")
+    assert digitnet("protocol", "mine.yaml", "--seeds", 1, "--holdout", 100, "--output", "out") == 0
+    (run,) = (tmp_path / "out").glob("mine-*-holdout_100/seed_42")
     config = yaml.safe_load((run / "config.yaml").read_text())
-    assert config["data"]["split"] == [1396, 201, 200]
-    assert config["model"]["lr_scheduler"]["init_args"]["steps_per_epoch"] == 1  # 1,396 images in batches of 1,500
+    assert config["data"]["split"] == [200, 100, 200]
+    assert config["model"]["lr_scheduler"]["init_args"]["steps_per_epoch"] == 1  # 200 images in batches of 250
 
-    digits = load_bundled_digits()
-    images, labels = torch.from_numpy(digits.images)[1396:1597, None], torch.from_numpy(digits.labels)[1396:1597].long()
+    images, labels = few[0][200:300], few[1][200:300]
     net = load_net(run / "checkpoints" / "last.ckpt")[0]
     with torch.no_grad():
         logits = net(images)
-    wrong = 1396 + (logits.argmax(1) != labels).nonzero()[:, 0]
+    wrong = 200 + (logits.argmax(1) != labels).nonzero()[:, 0]
     result = json.loads((run / "result.json").read_text())
     assert result["mistakes"] == wrong.tolist()
     assert result["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
     assert result["loss_odd"] == pytest.approx(F.cross_entropy(logits[1::2], labels[1::2]).item(), rel=1e-4)
     table = run.parent.with_name(f"{run.parent.name}.md").read_text()
     assert f"| 42 | {len(wrong)} | {(wrong % 2).sum()} | {result['loss']:.4f} | {result['loss_odd']:.4f} |" in table
-    assert "2 epochs on the first 1,396 training images of digits, scored on the next 201, as" in table
+    assert "2 epochs on the first 200 training images of few.npz, scored on the next 100, as" in table
 
 
 @pytest.mark.parametrize(
@@ -223,11 +231,11 @@ def test_a_hold_out_that_leaves_nothing_is_refused(
 
 
 def test_a_run_that_ended_early_is_refused(
-    digitnet: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    digitnet: Run, tmp_path: Path, few: tuple[Tensor, Tensor], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(module, "SPLIT", (1597, 100, 100))
     stop = "{class_path: EarlyStopping, init_args: {monitor: val/acc, mode: max, stopping_threshold: 0.001}}"
-    (tmp_path / "mine.yaml").write_text(CONFIG.replace("max_epochs: 2", f"max_epochs: 3, callbacks: {stop}"))
+    config = (tmp_path / "mine.yaml").read_text()
+    (tmp_path / "mine.yaml").write_text(config.replace("max_epochs: 2", f"max_epochs: 3, callbacks: {stop}"))
     assert digitnet("protocol", "mine.yaml", "--seeds", 1) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert "ended after 1 of 3 epochs; its figure is not fixed" in error
