@@ -146,3 +146,4 @@ def test_weights_are_averaged_on_the_device_that_trains() -> None:
     average.setup(trainer, DigitClassifier(), "fit")  # Lightning moves the module afterwards
     assert average._average_model is not None
     assert {weight.device.type for weight in average._average_model.parameters()} == {"meta"}
+    assert average._average_model.n_averaged.device.type == "cpu"  # or each step would wait for the device

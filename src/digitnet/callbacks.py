@@ -128,9 +128,14 @@ class AverageWeights(WeightAveraging):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._device = trainer.strategy.root_device  # the module itself is moved there only later
         super().setup(trainer, pl_module, stage)
+        if self._average_model is not None:
+            # Counted on the CPU: to ask another device at each step is to wait for it.
+            self._average_model.n_averaged = torch.zeros((), dtype=torch.long)
 
     def _average(self, averages: list[Tensor], currents: list[Tensor], num_averaged: Tensor | int) -> None:
-        total = 1 - self.decay ** (int(num_averaged) + 1)  # of all weights of the average, the newest 1 - decay
+        assert self._average_model is not None
+        num = int(self._average_model.n_averaged)
+        total = 1 - self.decay ** (num + 1)  # of all weights of the average, the newest 1 - decay
         currents = [current.to(average.dtype) for average, current in zip(averages, currents, strict=True)]
         get_ema_multi_avg_fn(1 - (1 - self.decay) / total)(averages, currents, num_averaged)
 
