@@ -108,9 +108,11 @@ def open_picture(source: Path | BinaryIO | bytes) -> Image.Image:
 
 
 def count_pages(data: bytes) -> int:
-    """How many pages or frames a picture has, up to MAX_PAGES: of some formats each has to be looked for."""
+    """How many pages or frames a picture has, up to MAX_PAGES."""
     picture = Image.open(io.BytesIO(data), formats=FORMATS)
-    for number in range(1, MAX_PAGES):
+    if picture.format != "TIFF":
+        return min(getattr(picture, "n_frames", 1), MAX_PAGES)
+    for number in range(1, MAX_PAGES):  # of these each is looked for, which takes milliseconds
         try:
             picture.seek(number)
         except Exception:  # there is none, or what is there cannot be read
