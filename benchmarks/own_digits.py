@@ -22,6 +22,7 @@ from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw, ImageFilter
 
 from digitnet.apply import imaging
+from digitnet.apply.opening import open_picture
 from digitnet.classifier import DigitClassifier
 from digitnet.data import fetch_digits
 
@@ -98,7 +99,7 @@ def photo(values: np.ndarray, rng: Rng, blur: float = 0.8, noise: float = 4, qua
 def jpeg(image: Image.Image, quality: int, **options: object) -> Image.Image:
     file = io.BytesIO()
     image.save(file, "JPEG", quality=quality, **options)
-    return imaging.open_picture(file.getvalue())
+    return open_picture(file.getvalue())
 
 
 def slope(shape: tuple[int, int], rng: Rng) -> np.ndarray:
@@ -259,7 +260,7 @@ def main() -> None:
             sheet(images[wrong], [f"{labels[i]} as {read[i]}" for i in wrong], args.save / f"{name}.png")
 
     for folder, found in files.items():
-        score(folder.name, ((imaging.open_picture(path), label) for path, label in found))
+        score(folder.name, ((open_picture(path), label) for path, label in found))
     for name, make in KINDS.items():
         if args.only in name:
             rng = np.random.default_rng(2)

@@ -22,7 +22,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from digitnet.apply.imaging import normalize, open_picture
+from digitnet.apply.imaging import normalize
+from digitnet.apply.opening import open_picture
 from digitnet.augment import RandomAffine
 from digitnet.checkpoints import verify_checkpoint
 from digitnet.data import Digits, MNISTDataModule, load_bundled_digits, load_file

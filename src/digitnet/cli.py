@@ -320,23 +320,7 @@ class DigitCLI(LightningCLI):
         # Data, optimizer and log folder first: where one of them is wrong, no half-made run is left behind.
         self.datamodule.setup("fit")
         self._verify_data(model)
-        model.setup("fit")  # the weights' memory format, which not every optimizer can deal with
-        try:
-            optimization = model.configure_optimizers()
-        except ValueError:
-            raise
-        except Exception as error:  # any optimizer, any argument: learning rate null is a TypeError
-            raise ValueError(f"model.optimizer or model.lr_scheduler: {error}") from error
-        optimizer = optimization["optimizer"] if isinstance(optimization, dict) else optimization
-        verify_clipping(self.trainer, optimizer)
-        if self.trainer.strategy.root_device.type == "cpu":  # where the weights are by now
-            try_optimizer(optimizer)
-        if isinstance(optimization, dict):
-            schedule = optimization["lr_scheduler"]
-            self._check_schedule(schedule["scheduler"])
-            try_schedule(schedule["scheduler"])
-            if "monitor" in schedule and not self.checkpoint:  # going on keeps the run's, right or wrong
-                verify_monitor("model.lr_scheduler", schedule["monitor"], schedule["scheduler"].mode)
+        self._verify_optimization(model)
         first_step = 0
         if self.checkpoint:
             stored = verify_checkpoint(self.checkpoint)
@@ -399,6 +383,26 @@ class DigitCLI(LightningCLI):
                 )
         if data.augmentation is not None:
             verify_augmentation(data.augmentation, data.datasets[0].images[:8].to(self.trainer.strategy.root_device))
+
+    def _verify_optimization(self, model: DigitClassifier) -> None:
+        """Refuse an optimizer and a schedule that cannot be made, or cannot take their first step."""
+        model.setup("fit")  # the weights' memory format, which not every optimizer can deal with
+        try:
+            optimization = model.configure_optimizers()
+        except ValueError:
+            raise
+        except Exception as error:  # any optimizer, any argument: learning rate null is a TypeError
+            raise ValueError(f"model.optimizer or model.lr_scheduler: {error}") from error
+        optimizer = optimization["optimizer"] if isinstance(optimization, dict) else optimization
+        verify_clipping(self.trainer, optimizer)
+        if self.trainer.strategy.root_device.type == "cpu":  # where the weights are by now
+            try_optimizer(optimizer)
+        if isinstance(optimization, dict):
+            schedule = optimization["lr_scheduler"]
+            self._check_schedule(schedule["scheduler"])
+            try_schedule(schedule["scheduler"])
+            if "monitor" in schedule and not self.checkpoint:  # going on keeps the run's, right or wrong
+                verify_monitor("model.lr_scheduler", schedule["monitor"], schedule["scheduler"].mode)
 
     def _check_schedule(self, scheduler: Any) -> None:
         """Refuse a schedule of a fixed number of steps that ends before the training; say so if it ends after it."""

@@ -14,8 +14,9 @@ import pytest
 from PIL import Image, ImageDraw, ImageOps
 from scipy import ndimage
 
-from digitnet.apply.imaging import Digit28, digit_groups, normalize, open_picture, split_digits
+from digitnet.apply.imaging import Digit28, digit_groups, normalize, split_digits
 from digitnet.apply.ink import Invert
+from digitnet.apply.opening import open_picture
 from digitnet.apply.sheet import add_margin
 from digitnet.data import Digits
 

@@ -17,8 +17,9 @@ import torch
 from conftest import Run
 from PIL import Image
 
-from digitnet.apply.imaging import normalize, open_picture
+from digitnet.apply.imaging import normalize
 from digitnet.apply.inputs import find_pictures
+from digitnet.apply.opening import open_picture
 from digitnet.apply.predictor import Predictor
 from digitnet.data import load_bundled_digits
 

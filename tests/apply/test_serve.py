@@ -40,7 +40,8 @@ from digitnet.apply import api, connections
 from digitnet.apply import serve as serve_module
 from digitnet.apply.api import create_app
 from digitnet.apply.batching import Batcher
-from digitnet.apply.imaging import normalize, open_picture
+from digitnet.apply.imaging import normalize
+from digitnet.apply.opening import open_picture
 from digitnet.apply.predictor import Predictor, Reading
 from digitnet.apply.serve import configure, listen
 from digitnet.model import DigitNet

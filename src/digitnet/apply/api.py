@@ -32,8 +32,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import digitnet
 from digitnet.apply.batching import Batcher, Budget, BusyError
-from digitnet.apply.imaging import Digit28, normalize, open_picture
+from digitnet.apply.imaging import Digit28, normalize
 from digitnet.apply.ink import MIN_CONTRAST, Invert
+from digitnet.apply.opening import open_picture
 from digitnet.apply.predictor import Predictor, Reading
 from digitnet.cores import count_cores
 from digitnet.errors import to_one_line

@@ -11,26 +11,21 @@ scikit-image would be a further dependency for functions that are one line of th
 
 from __future__ import annotations
 
-import io
 import math
-import warnings
-from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 from scipy import ndimage, sparse
 from scipy.sparse import csgraph
 
-from digitnet.apply.ink import MIN_CONTRAST, Ink, Invert, count, find_ink, quantile
+from digitnet.apply.ink import Ink, Invert, count, find_ink, quantile
+from digitnet.apply.opening import SHEET_SIDE, flatten
 from digitnet.apply.sheet import add_margin, cut_to_sheet
 
 Box = tuple[slice, slice]
 
-FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF")
-MAX_PIXELS, MAX_SIDE = 64_000_000, 16_384  # above what phones take; about 250 MB when decoded
-MAX_PAGES = 100  # are counted
-WORK_SIDE, SHEET_SIDE = 384, 1536  # a digit is looked for at this size
+WORK_SIDE = 384  # a digit is looked for at this size
 MIN_SIDE = 96  # what is smaller is enlarged first
 SMALLEST = 8  # pixels of a sheet so large: no digit on it is smaller
 LARGE = 0.3  # of the digit's ink: a piece with more of it is no speck
@@ -40,8 +35,6 @@ NUM_CELLS = 3  # pieces that a frame encloses, and no digit does
 GAP = 0.15  # of the digit: strokes of one digit are not further apart
 FINE = 4  # strokes are measured and changed at this many times MNIST's resolution
 STROKE_RANGE = (2.1, 4.4)  # pixels of 28; thinner is thickened to the first, thicker thinned to the second
-
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # ours is the stricter limit
 
 
 class Digit28(NamedTuple):
@@ -54,73 +47,6 @@ class Digit28(NamedTuple):
 
     image: np.ndarray
     steps: tuple[str, ...]
-
-
-# ---------------------------------------------------------------------------------------------------------- opening
-
-
-def open_picture(source: Path | BinaryIO | bytes) -> Image.Image:
-    """Decode a picture, whatever its mode, and turn it as its EXIF data say; the first of several pages or frames.
-
-    Args:
-        source: a file's path, its content, or a file opened for reading bytes.
-
-    Raises:
-        ValueError: in one line, without the name, when this is not a picture, is damaged, or is too large to decode
-            safely; the size is read from the header.
-    """
-    if isinstance(source, Path):
-        if source.is_dir():
-            raise ValueError("a folder, not a picture")
-        try:
-            source = source.read_bytes()
-        except OSError as error:
-            raise ValueError(error.strerror.lower() if error.strerror else str(error)) from error
-    data = source if isinstance(source, bytes) else source.read()
-    if not data:
-        raise ValueError("empty: 0 bytes")
-    try:
-        picture: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(f"too large: {str(error).split(',')[0].lower()}; the limit is {MAX_PIXELS:,}") from error
-    except Exception as error:  # a broken header can fail in any way
-        raise ValueError(f"not a picture in a known format ({', '.join(FORMATS)})") from error
-    width, height = picture.size
-    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
-        raise ValueError(
-            f"too large: {width:,} x {height:,} pixels; the limit is {MAX_PIXELS:,} pixels and {MAX_SIDE:,} a side"
-        )
-    try:
-        is_photo = picture.format in ("JPEG", "MPO")  # the second with a preview behind
-        if is_photo:
-            picture.draft("RGB", (SHEET_SIDE, SHEET_SIDE))  # decodes a large photo at half size or less, much faster
-        picture.load()
-        is_turned = picture.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
-        num_pages = 1 if is_photo else count_pages(data)
-        if is_turned:
-            picture = ImageOps.exif_transpose(picture)
-    except Exception as error:  # so can broken content
-        raise ValueError("damaged: the picture breaks off or cannot be decoded") from error
-    number = f"{num_pages} or more" if num_pages == MAX_PAGES else f"{num_pages}"
-    steps = ("turned by EXIF" if is_turned else "", f"first of {number} pages" if num_pages > 1 else "")
-    picture.info["steps"] = tuple(filter(None, steps))
-    return picture
-
-
-def count_pages(data: bytes) -> int:
-    """How many pages or frames a picture has, up to MAX_PAGES."""
-    picture = Image.open(io.BytesIO(data), formats=FORMATS)
-    if picture.format != "TIFF":
-        return min(getattr(picture, "n_frames", 1), MAX_PAGES)
-    for number in range(1, MAX_PAGES):  # of these each is looked for, which takes milliseconds
-        try:
-            picture.seek(number)
-        except Exception:  # there is none, or what is there cannot be read
-            return number
-    return MAX_PAGES
-
-
-# ------------------------------------------------------------------------------------------------------ normalising
 
 
 def normalize(picture: Image.Image, invert: Invert = "auto") -> Digit28 | None:
@@ -161,34 +87,6 @@ def normalize(picture: Image.Image, invert: Invert = "auto") -> Digit28 | None:
         found = pick_digit(ink) or found
     image, width_step = to_mnist(found.ink)
     return Digit28(image, (*steps, *ink.steps, *found.steps, *left_out, *width_step))
-
-
-def flatten(picture: Image.Image) -> Image.Image:
-    """The picture in mode "L" or "RGB": 16 bits to 8, transparent to white, or to black when white shows nothing."""
-    if picture.mode.startswith(("I", "F")):
-        values = np.asarray(picture, np.float32)
-        if not np.isfinite(values).all():
-            raise ValueError("damaged: some pixels are not finite numbers")
-        if picture.mode == "F" and values.max() <= 1:  # levels as fractions
-            values = values * 255
-        top = 2 ** np.ceil(np.log2(max(float(values.max()), 255) + 1)) - 1  # 255 for 8 bits, 4,095 for 12, 65,535
-        return Image.fromarray((values * (255 / top)).clip(0, 255).astype(np.uint8))
-    if picture.has_transparency_data:
-        layer = picture.convert("RGBA")
-        for paper in ("white", "black"):
-            flat = Image.new("RGBA", layer.size, paper)
-            flat.alpha_composite(layer)
-            if paper == "black" or np.asarray(flat.convert("RGB")).min() < 255 - MIN_CONTRAST:
-                break
-        return drop_colour(flat.convert("RGB"))
-    return picture.convert("L") if picture.mode in ("1", "L") else drop_colour(picture.convert("RGB"))
-
-
-def drop_colour(picture: Image.Image) -> Image.Image:
-    """A picture in mode "RGB" that holds nothing but grey, in mode "L"; others as they are."""
-    colours = picture.getcolors(256)
-    is_grey = colours and all(isinstance(colour, tuple) and len(set(colour)) == 1 for _, colour in colours)
-    return picture.convert("L") if is_grey else picture
 
 
 def is_mnist_like(image: np.ndarray) -> bool:

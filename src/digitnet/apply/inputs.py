@@ -16,8 +16,9 @@ from pathlib import Path
 from threading import Thread
 from typing import NamedTuple
 
-from digitnet.apply.imaging import Digit28, normalize, open_picture, split_digits
+from digitnet.apply.imaging import Digit28, normalize, split_digits
 from digitnet.apply.ink import Invert
+from digitnet.apply.opening import open_picture
 from digitnet.cores import count_cores
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
