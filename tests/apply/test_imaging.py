@@ -16,7 +16,7 @@ from scipy import ndimage
 
 from digitnet.apply.imaging import Digit28, digit_groups, normalize, split_digits
 from digitnet.apply.ink import Invert
-from digitnet.apply.opening import open_picture
+from digitnet.apply.opening import SHEET_SIDE, open_picture, shrink
 from digitnet.apply.sheet import add_margin
 from digitnet.data import Digits
 
@@ -121,6 +121,25 @@ def test_every_mode_reads_alike(mode: str) -> None:
 
 
 # Opening
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "I;16", "F"])
+def test_a_large_picture_is_reduced_as_it_opens(mode: str) -> None:
+    large = bar().resize((2 * SHEET_SIDE, 2 * SHEET_SIDE), Image.Resampling.NEAREST)
+    picture = Image.fromarray(np.asarray(large).astype(np.uint16) * 257) if mode == "I;16" else large.convert(mode)
+    reduced = shrink(picture)
+    assert reduced.size == (SHEET_SIDE, SHEET_SIDE)
+    np.testing.assert_allclose(found(reduced).image, found(picture).image, atol=2)
+    assert shrink(bar()).size == bar().size
+    if mode != "F":  # which no format but TIFF holds
+        assert max(open_picture(encoded(picture, "TIFF")).size) == SHEET_SIDE
+
+
+def test_a_large_picture_with_a_transparent_colour_keeps_its_ink() -> None:
+    large = bar().resize((2 * SHEET_SIDE, 2 * SHEET_SIDE), Image.Resampling.NEAREST)
+    opened = open_picture(encoded(large.convert("P"), "PNG", transparency=255))
+    assert opened.size == (SHEET_SIDE, SHEET_SIDE)
+    np.testing.assert_allclose(found(opened).image, found(large).image, atol=2)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF"])

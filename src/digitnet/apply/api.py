@@ -130,7 +130,7 @@ def create_app(predictor: Predictor | None = None) -> FastAPI:
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # a broken form is told to who sent it
     batcher = Batcher[Reading](predictor.read)
     places, held_bytes = Budget(MAX_WAITING), Budget(MAX_HELD_BYTES)
-    threads = ThreadPoolExecutor(min(4, count_cores()), "picture")  # few: a large picture takes 250 MB of memory
+    threads = ThreadPoolExecutor(min(4, count_cores()), "picture")  # few: a large picture takes up to 0.6 GB of memory
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

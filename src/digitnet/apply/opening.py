@@ -13,7 +13,7 @@ from PIL import ExifTags, Image, ImageOps
 from digitnet.apply.ink import MIN_CONTRAST
 
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF")
-MAX_PIXELS, MAX_SIDE = 64_000_000, 16_384  # above what phones take; about 250 MB when decoded
+MAX_PIXELS, MAX_SIDE = 64_000_000, 16_384  # above what phones take; up to 0.6 GB while decoded
 MAX_PAGES = 100  # are counted
 SHEET_SIDE = 1536  # a sheet of digits is looked at in this size
 
@@ -60,12 +60,30 @@ def open_picture(source: Path | BinaryIO | bytes) -> Image.Image:
         num_pages = 1 if is_photo else count_pages(data)
         if is_turned:
             picture = ImageOps.exif_transpose(picture)
+        picture = shrink(picture)
     except Exception as error:  # so can broken content
         raise ValueError("damaged: the picture breaks off or cannot be decoded") from error
     number = f"{num_pages} or more" if num_pages == MAX_PAGES else f"{num_pages}"
     steps = ("turned by EXIF" if is_turned else "", f"first of {number} pages" if num_pages > 1 else "")
     picture.info["steps"] = tuple(filter(None, steps))
     return picture
+
+
+def shrink(picture: Image.Image) -> Image.Image:
+    """A picture of at least twice SHEET_SIDE, reduced by a whole factor, as ``draft`` does with a JPEG.
+
+    What is done with it afterwards takes several times its pixels' memory.
+    """
+    factor = max(picture.size) // SHEET_SIDE
+    if factor < 2:
+        return picture
+    if picture.has_transparency_data:
+        mode = "LA" if picture.mode == "LA" else "RGBA"
+    elif picture.mode.startswith(("I", "F")):
+        mode = picture.mode[0]
+    else:
+        mode = "L" if picture.mode in ("1", "L") else "RGB"
+    return (picture if picture.mode == mode else picture.convert(mode)).reduce(factor)  # a copy costs its size
 
 
 def count_pages(data: bytes) -> int:
