@@ -253,6 +253,23 @@ def test_a_training_that_is_cut_short_is_refused(
     assert not (tmp_path / "lightning_logs").exists()
 
 
+@pytest.mark.parametrize("monitor", ["", "val/loss", "train/loss"])
+def test_a_schedule_that_goes_by_what_is_scored_is_refused(
+    digitnet: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monitor: str
+) -> None:
+    init_args = f", init_args: {{monitor: {monitor}}}" if monitor else ""
+    kind = "lightning.pytorch.cli" if monitor else "torch.optim.lr_scheduler"
+    plateau = f"lr_scheduler: {{class_path: {kind}.ReduceLROnPlateau{init_args}}}"
+    config = yaml.safe_load(CONFIG)
+    config["model"] = {**config.get("model", {}), **yaml.safe_load(plateau)}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(config))
+    assert digitnet("protocol", "mine.yaml", "--seeds", 1) == 1
+    error = capsys.readouterr().err
+    refused = "mine.yaml has a ReduceLROnPlateau that goes by val/loss, of images that are scored"
+    assert ("digits has 1,797 images" if monitor == "train/loss" else refused) in error  # the next thing it looks at
+    assert not (tmp_path / "lightning_logs").exists()
+
+
 @pytest.mark.parametrize("end", ["stopping_threshold: 0.99", "divergence_threshold: 0.0"])
 def test_a_training_that_may_end_by_itself_is_refused(
     digitnet: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], end: str

@@ -126,6 +126,13 @@ def protocol(
     for name in ENDS:
         if (value := settings["early_stopping"][name]) is not None:
             raise ValueError(f"{config} has early_stopping.{name} {value}, which ends a training; leave it out")
+    schedule = settings["model"]["lr_scheduler"] or {}
+    monitor = (schedule.get("init_args") or {}).get("monitor") or "val/loss"
+    if str(schedule.get("class_path")).endswith("ReduceLROnPlateau") and not monitor.startswith("train/"):
+        raise ValueError(
+            f"{config} has a ReduceLROnPlateau that goes by {monitor}, of images that are scored; give it a monitor of "
+            "train/, or take a schedule that ends by itself"
+        )
     split, flags, suffix = SPLIT, list(row.flags), ""
     if holdout:
         split, suffix = (SPLIT[0] - holdout, holdout, sum(SPLIT[1:])), f"-holdout_{holdout}"
