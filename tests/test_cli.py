@@ -457,6 +457,10 @@ def test_going_on_keeps_the_optimizer_and_the_schedule(
         (("last", "--model.optimizer", "torch.optim.SGD"), on),
         (("last", "--model.lr_scheduler.total_steps", 12, "--trainer.max_epochs", 3), "model.lr_scheduler is not"),
         (("last", "--trainer.max_epochs", 3), "for 8 steps, this training has 12; give --trainer.max_epochs 2"),
+        (
+            ("last", "--best_checkpoint.monitor", "val/acc", "--best_checkpoint.mode", "max"),
+            "monitor is not that of li",
+        ),
         ((outside,), "mine.ckpt lies outside a run: give the config it was trained with, --config"),
         ((outside, "--config", QUICKSTART, "--model.architecture=residual"), "holds another architecture than resid"),
     ]:
@@ -507,6 +511,14 @@ def test_ctrl_c_keeps_the_last_checkpoint_and_says_how_to_go_on(tmp_path: Path) 
     assert torch.load(last, weights_only=True)["optimizer_states"]
 
 
+@pytest.mark.filterwarnings("ignore:You passed")  # by Lightning, that it takes another
+def test_the_precision_that_is_kept_is_the_one_that_was_used(digitnet: Run, tmp_path: Path) -> None:
+    flags = ("--trainer.accelerator", "cpu", "--trainer.precision", "16-mixed", "--trainer.max_epochs", 1)
+    assert digitnet("fit", "--config", QUICKSTART, *SHORT, *flags) == 0
+    run = tmp_path / "lightning_logs" / "quickstart" / "version_0"
+    assert yaml.safe_load((run / "hparams.yaml").read_text())["precision"] == "bf16-mixed"
+
+
 # --- bad input: one line, exit code not 0, nothing left behind --------------------------------------------------------
 
 WRONG = [
@@ -517,7 +529,11 @@ WRONG = [
     (["fit", "--config", "missing.yaml"], 2, "missing.yaml"),
     (["fit", "--config", "binary.yaml"], 1, "binary.yaml is no YAML: it is no text"),
     (["fit", "--config", "empty.yaml"], 1, "empty.yaml is empty; a config has keys such as model and data"),
+    (["fit", "-c", "binary.yaml"], 1, "binary.yaml is no YAML: it is no text"),
     (["fit", "--config", "broken.yaml"], 2, "line 2"),
+    (["fit", "--config", "hollow.yaml"], 1, "calibration is null; give settings below it, or leave it out"),
+    (["fit", "--config", "number.yaml"], 1, "model is 3; give settings below it, or leave it out"),
+    (["fit", "--config", "unset.yaml"], 1, "model.dropout is empty; give it a value, or leave it out"),
     (["fit", "--trainer.max_epochs", "many"], 2, '"trainer.max_epochs": Expected int Given value: many'),
     (["fit", "--data.split", "[1297, 250, 200]"], 1, "data.split [1297, 250, 200] adds up to 1,747"),
     (["fit", "--data.split", "[1297, 500]"], 2, "data.split"),
@@ -590,8 +606,14 @@ WRONG = [
     (["fit", "--ckpt_path", "nowhere.ckpt"], 1, '"nowhere.ckpt": no such file; give the path of a checkpoint'),
     (["fit", "--ckpt_path", "weights.ckpt"], 1, "weights.ckpt holds weights only; to go on with training, give a last"),
     (["fit", "--trainer.logger.save_dir", "a_file"], 1, "cannot write to a_file"),
+    (["fit", "--trainer.logger.sub_dir", "mine"], 1, "sub_dir mine, which splits a run over two folders; leave it out"),
     (["test"], 1, "train one first: python -m digitnet fit --config configs/final.yaml"),
     (["validate", "--ckpt_path", "text.ckpt"], 1, "text.ckpt is not a checkpoint"),
+    (
+        ["test", "--ckpt_path", "hi.ckpt"],
+        1,
+        "hi.ckpt is not a checkpoint that can be read safely: PyTorch did not",
+    ),
     (["test", "--ckpt_path", "a_file"], 1, "a_file is not a checkpoint"),
     (["tset"], 2, "no command 'tset'; did you mean test?"),
 ]
@@ -608,7 +630,11 @@ def test_bad_input_is_told_in_one_line(
     (tmp_path / "binary.yaml").write_bytes(b"\x89PNG\xff")
     (tmp_path / "empty.yaml").write_text("\n")
     (tmp_path / "broken.yaml").write_text("model: [\n")
+    (tmp_path / "hollow.yaml").write_text("calibration:\ndata: {batch_size: 8}\n")
+    (tmp_path / "number.yaml").write_text("model: 3\n")
+    (tmp_path / "unset.yaml").write_text("model: {dropout: }\n")
     (tmp_path / "text.ckpt").write_text("not a checkpoint")
+    (tmp_path / "hi.ckpt").write_text("hi\n")  # which its reader fails on with a bare 105
     (tmp_path / "a_file").write_text("a file, not a folder")
     bare = {"state_dict": DigitClassifier().state_dict(), "pytorch-lightning_version": "2.6.6"}
     torch.save(bare, tmp_path / "weights.ckpt")

@@ -745,6 +745,13 @@ def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> Non
         make_data(**settings).setup("fit")
 
 
+def test_fewer_images_than_processes_are_refused() -> None:
+    data = make_data(split=(1795, 1, 1))
+    data.trainer = SimpleNamespace(world_size=2, global_rank=0)  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"data\.split is \[1795, 1, 1\] for 2 processes; each needs an image"):
+        data.setup("fit")
+
+
 def test_batch_is_its_items(few: Digits) -> None:
     dataset = DigitDataset(few)
     indices = [19, 0, 7, 7]

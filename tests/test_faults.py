@@ -277,6 +277,29 @@ def test_damaged_checkpoint_without_another_is_refused(
     assert set(Path.cwd().rglob("*")) == before
 
 
+@pytest.mark.parametrize("damage", [Path.unlink, flip_bit])
+def test_a_best_checkpoint_that_is_lost_is_replaced_by_the_next_one(
+    digitnet: Run, trained_run: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(trained_run, RUN)
+    best = RUN / "checkpoints" / "best.ckpt"
+    damage(best)
+    assert digitnet("fit", "--ckpt_path", "last", "--trainer.max_epochs", 3) == 0
+    assert f"{best} is missing or damaged; the best epoch from here on takes its place" in caplog.messages
+    assert torch.load(best, weights_only=True)["epoch"] == 2
+    assert digitnet("test") == 0
+
+
+def test_going_on_leaves_the_unfinished_files_of_others(digitnet: Run, trained_run: Path) -> None:
+    shutil.copytree(trained_run, RUN)
+    (RUN / "export").mkdir()
+    others, mine = RUN / "export" / ".part-1-digitnet.onnx", RUN / "checkpoints" / ".part-1-last.ckpt"
+    others.touch()
+    mine.touch()
+    assert digitnet("fit", "--ckpt_path", "last", "--trainer.max_epochs", 3) == 0
+    assert parts(RUN) == [others]
+
+
 # --- several at once --------------------------------------------------------------------------------------------------
 
 
@@ -387,6 +410,7 @@ REFUSED = [
     ("--data.augmentation", "lightning.pytorch.cli.os.system"),  # by another door
     ("--model.optimizer", "subprocess.Popen"),
     ("--trainer.callbacks", "antigravity.Flight"),
+    ("--trainer.callbacks", "digitnet.study.benchmark.Turns"),  # starts a program
     ("--trainer.logger", "shutil.rmtree"),
     ("--data.augmentation", "mine.Negative"),
 ]

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from digitnet.calibrate import fit_calibration
-from digitnet.checkpoints import save_checkpoint
+from digitnet.checkpoints import is_whole, save_checkpoint
 from digitnet.classifier import DigitClassifier
 from digitnet.data import MNISTDataModule, find_data
 from digitnet.files import shorten, tell_command, write_file
@@ -34,7 +34,7 @@ class RunCheckpoint(ModelCheckpoint):
     """ModelCheckpoint that still knows its best score when the run's folder has moved or is named in another way.
 
     Lightning compares the folder's name as text, and where it differs forgets what was best: the first epoch after
-    going on would replace a better checkpoint.
+    going on would replace a better checkpoint. And one whose best checkpoint is gone or damaged keeps the next one.
     """
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -43,7 +43,12 @@ class RunCheckpoint(ModelCheckpoint):
 
         paths = {key: rebase(state_dict[key]) for key in ("best_model_path", "kth_best_model_path", "last_model_path")}
         best = {rebase(path): score for path, score in state_dict["best_k_models"].items()}
-        super().load_state_dict({**state_dict, **paths, "best_k_models": best, "dirpath": self.dirpath})
+        state = {**state_dict, **paths, "best_k_models": best, "dirpath": self.dirpath}
+        path = paths["best_model_path"]
+        if self.monitor and path and not is_whole(Path(path)):
+            rank_zero_info(f"{shorten(path)} is missing or damaged; the best epoch from here on takes its place")
+            state |= {"best_k_models": {}, "best_model_path": "", "kth_best_model_path": "", "best_model_score": None}
+        super().load_state_dict(state)
 
 
 class RunEarlyStopping(EarlyStopping):
@@ -154,12 +159,13 @@ class RestoreBestWeights(Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         best = find_keeper(trainer, of_best=True)
-        if best and best.best_model_path:
+        # As the first process has it, which wrote the file: another machine need not share its disk.
+        if best and (path := trainer.strategy.broadcast(best.best_model_path)):
             weights: dict[str, Any] = {}
-            if trainer.is_global_zero:  # which wrote the file: another machine need not share its disk
-                weights = torch.load(best.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
+            if trainer.is_global_zero:
+                weights = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
             pl_module.load_state_dict(trainer.strategy.broadcast(weights))
-            rank_zero_info(f"best {best.monitor} {best.best_model_score:.4f}: {shorten(best.best_model_path)}")
+            rank_zero_info(f"best {best.monitor} {best.best_model_score:.4f}: {shorten(path)}")
 
 
 class Calibrate(Callback):
@@ -276,6 +282,8 @@ class HyperparameterSummary(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and trainer.global_step == 0 and trainer.is_global_zero:
+                if "precision" in self.settings:
+                    self.settings["precision"] = str(trainer.precision)  # Lightning may take another than was asked for
                 logger.hparams.update(self.settings)  # for hparams.yaml
                 # Not log_hyperparams: that begins each metric with a point of its own, at 0, which spoils the chart.
                 from torch.utils.tensorboard.summary import hparams  # half a second that other commands need not wait

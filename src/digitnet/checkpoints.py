@@ -87,7 +87,9 @@ def verify_checkpoint(path: Path, to_resume: bool = False) -> dict[str, Any]:
                 raise ValueError(f"damaged: the checksum of {damaged} is wrong")
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a foreign file can fail in any way
-        reason = str(error).split(". ")[0].split("\n")[0] or type(error).__name__
+        reason = str(error).split(". ")[0].split("\n")[0]
+        if " " not in reason:  # the number of a byte, or nothing
+            reason = "PyTorch did not write it"
         raise ValueError(f"{path} is not a checkpoint that can be read safely: {reason}") from error
     for key in ("state_dict", "pytorch-lightning_version"):
         if not isinstance(checkpoint, dict) or key not in checkpoint:

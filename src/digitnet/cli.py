@@ -67,6 +67,7 @@ from digitnet.guards import (
     verify_clipping,
     verify_is_text,
     verify_monitor,
+    verify_sections,
     verify_settings,
 )
 from digitnet.imports import limit_imports
@@ -185,7 +186,7 @@ class DigitCLI(LightningCLI):
         subcommand, *flags = args
         finder = PathFinder(add_help=False, allow_abbrev=False)
         finder.add_argument("--ckpt_path", default=None if subcommand == "fit" else "best")
-        finder.add_argument("--config", action="append")
+        finder.add_argument("-c", "--config", action="append")
         typed = finder.parse_known_args(flags)[0]
         for path in typed.config or []:
             verify_is_text(Path(path))
@@ -199,6 +200,7 @@ class DigitCLI(LightningCLI):
             stored = verify_checkpoint(self.checkpoint)
             self.run_dir, self.trained_on = find_run(self.checkpoint), read_data_settings(stored)
             if self.run_dir:
+                verify_is_text(self.run_dir / "config.yaml")
                 alone = [] if subcommand == "fit" else ["--trainer.num_nodes=1"]  # nobody starts the others to score
                 flags = ["--config", str(self.run_dir / "config.yaml"), *alone, *flags]
             elif subcommand == "fit" and not typed.config:
@@ -210,6 +212,7 @@ class DigitCLI(LightningCLI):
             rank_zero_info(f"{subcommand}: {self.checkpoint}")
         self.config = parser.parse_args([subcommand, *flags])
         config = self.config[subcommand]
+        verify_sections(config, self._parser(subcommand).get_defaults())
         if not 0 <= (seed := config.get("seed_everything") or 0) < 2**32:
             raise ValueError(f"seed_everything is {seed}; it must be from 0 to 2**32 - 1")
         configured = config.get("ckpt_path")
@@ -218,15 +221,23 @@ class DigitCLI(LightningCLI):
         if self.checkpoint:
             config.ckpt_path = str(self.checkpoint)
         if subcommand == "fit" and self.run_dir:
-            self._verify_recipe(parser, config.model, self.run_dir / "config.yaml")
+            self._verify_recipe(parser, config, self.run_dir / "config.yaml")
 
-    def _verify_recipe(self, parser: LightningArgumentParser, model: Any, path: Path) -> None:
-        """Refuse to go on with another optimizer or schedule: Lightning would load the old one's settings over it."""
-        before = parser.parse_args(["fit", "--config", str(path)])["fit"].model
-        for name in ("optimizer", "lr_scheduler"):
-            if model[name] != before[name]:
+    def _verify_recipe(self, parser: LightningArgumentParser, config: Any, path: Path) -> None:
+        """Refuse to go on with what Lightning would not take up.
+
+        It loads the old settings over another optimizer or schedule, and forgets what was best by another monitor.
+        """
+        before = parser.parse_args(["fit", "--config", str(path)])["fit"]
+        for section, name in (
+            ("model", "optimizer"),
+            ("model", "lr_scheduler"),
+            ("best_checkpoint", "monitor"),
+            ("best_checkpoint", "mode"),
+        ):
+            if config[section][name] != before[section][name]:
                 raise ValueError(
-                    f"model.{name} is not that of {path.parent}: going on keeps the run's; to train with another, "
+                    f"{section}.{name} is not that of {path.parent}: going on keeps the run's; to train with another, "
                     f"start anew: {tell_command('fit', '--config', path)}, and your flags"
                 )
 
@@ -249,6 +260,10 @@ class DigitCLI(LightningCLI):
         verify_settings(config)
         loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
         for settings in (getattr(logger, "init_args", None) or {} for logger in loggers):
+            if value := settings.get("sub_dir"):
+                raise ValueError(
+                    f"trainer.logger has sub_dir {value}, which splits a run over two folders; leave it out"
+                )
             for name in ("save_dir", "name"):
                 # Lightning expands "~/runs" and "$SCRATCH" for a logger's own files, not for the checkpoints beside.
                 if value := settings.get(name):

@@ -32,8 +32,8 @@ def to_one_line(message: str) -> str:
     denied = re.search(r"Importing '([\w.]+)' is not allowed", message)
     if denied:
         return (
-            f"a config may not name {denied[1]}, but classes of digitnet, lightning, torch.nn, torch.optim, "
-            "torchmetrics and torchvision.transforms; allow more by package, if you trust it: "
+            f"a config may not name {denied[1]}, but classes that digitnet trains with, of lightning, torch.nn, "
+            "torch.optim, torchmetrics and torchvision.transforms; allow more by package, if you trust it: "
             f"DIGITNET_ALLOW_IMPORTS={denied[1].partition('.')[0]}"
         )
     line = " ".join(line for line in lines if line and not _NOISE.match(line)) or " ".join(message.split())

@@ -14,6 +14,7 @@ from typing import Any
 import lightning as L
 import torch
 from filelock import FileLock, Timeout
+from jsonargparse import Namespace
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
@@ -65,8 +66,9 @@ def claim_folder(logger: TensorBoardLogger, to_go_on: bool) -> Iterator[None]:
         raise ValueError(f"{folder} holds a run; to go on: {go_on}")
     with _lock(folder) as is_locked:
         if is_locked:
-            for abandoned in folder.rglob(f"{PART}*"):  # by a process that was killed: no other is at work here
-                abandoned.unlink(missing_ok=True)
+            for mine in (folder, folder / "checkpoints"):  # not where export or test may be at work
+                for abandoned in mine.glob(f"{PART}*"):  # by a fit that was killed
+                    abandoned.unlink(missing_ok=True)
         yield
 
 
@@ -158,6 +160,27 @@ def verify_is_text(config: Path) -> None:
         raise ValueError(f"{config} is no YAML: it is no text") from error
     if is_empty:
         raise ValueError(f"{config} is empty; a config has keys such as model and data")
+
+
+def verify_sections(config: Any, defaults: Any) -> None:
+    """Refuse what a config leaves empty, which the parser lets through: a section, or a setting that takes a value.
+
+    Args:
+        config: as it was parsed.
+        defaults: what it would be without a config and flags.
+
+    Raises:
+        ValueError: something is empty, or a section is no list of settings.
+    """
+    for section, settings in vars(defaults).items():
+        if not isinstance(settings, Namespace):
+            continue
+        if not isinstance(config[section], Namespace):
+            raise ValueError(f"{section} is {json.dumps(config[section])}; give settings below it, or leave it out")
+        if section in ("model", "data"):
+            for name, value in vars(settings).items():
+                if value is not None and config[section][name] is None:
+                    raise ValueError(f"{section}.{name} is empty; give it a value, or leave it out")
 
 
 def verify_settings(config: Any) -> None:

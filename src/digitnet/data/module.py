@@ -118,6 +118,12 @@ class MNISTDataModule(L.LightningDataModule):
                 f"data.split {list(self.split)} adds up to {sum(self.split):,}, but {self.source} has {num_images:,} "
                 f"images; the three numbers must add up to all of them, e.g. {[num_images - 2 * tenth, tenth, tenth]}"
             )
+        num_processes = self._shards()[0]
+        if min(self.split[1:]) < num_processes:
+            raise ValueError(
+                f"data.split is {list(self.split)} for {num_processes} processes; each needs an image to validate and "
+                "one to test, at least"
+            )
         ends = np.cumsum(self.split)
         self.datasets = [
             DigitDataset(Digits(digits.images[end - size : end], digits.labels[end - size : end]))
