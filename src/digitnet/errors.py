@@ -26,6 +26,11 @@ class OneLineErrors:
         sys.exit(2)
 
 
+def say_why(error: BaseException) -> str:
+    """An error's message in one line, or its type where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def to_one_line(message: str) -> str:
     """The lines of a message that say something, joined into one."""
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]

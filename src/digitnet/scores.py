@@ -81,8 +81,8 @@ class WriteScores(CollectScores):
 
     def _write(self, trainer: L.Trainer, subset: str, prefix: str) -> None:
         data = find_data(trainer)
-        start = sum(data.split[: ("train", "val", "test").index(subset)])
-        num_images = data.split[("train", "val", "test").index(subset)]
+        part = ("train", "val", "test").index(subset)
+        start, num_images = sum(data.split[:part]), data.split[part]
         logits, labels = self.gather(trainer)
         if not trainer.is_global_zero:
             return

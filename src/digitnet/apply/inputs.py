@@ -20,6 +20,7 @@ from digitnet.apply.imaging import Digit28, normalize, split_digits
 from digitnet.apply.ink import Invert
 from digitnet.apply.opening import open_picture
 from digitnet.cores import count_cores
+from digitnet.errors import say_why
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
 UNREAD = {".heic", ".heif", ".avif", ".jxl"}  # pictures, too; that they are not read is told
@@ -112,7 +113,7 @@ def prepare(source: Source, invert: Invert, split: bool) -> list[Digit28] | str:
         digit = normalize(picture, invert)
         return [digit] if digit else []
     except (ValueError, OSError, MemoryError) as error:
-        return " ".join(str(error).split()) or type(error).__name__
+        return say_why(error)
 
 
 @contextmanager

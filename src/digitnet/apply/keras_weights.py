@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from digitnet.checkpoints import load_net, save_weights
+from digitnet.errors import say_why
 from digitnet.files import replace_whole
 from digitnet.model import DigitNet
 
@@ -161,8 +162,8 @@ def load_keras_weights(path: str | Path) -> dict[str, Tensor]:
                 raise ValueError(f"found {_describe(datasets)}, expected {_describe(expected)}")
             return from_keras([torch.from_numpy(dataset[()].astype("float32")) for dataset in datasets])
     except Exception as error:  # a damaged file can fail in any way
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path} does not hold the weights of the write-up's Keras model: {reason}") from error
+        message = f"{path} does not hold the weights of the write-up's Keras model: {say_why(error)}"
+        raise ValueError(message) from error
 
 
 def _unzip_weights(path: Path) -> io.BytesIO:

@@ -13,6 +13,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_info
 
+from digitnet.errors import say_why
 from digitnet.files import PART, replace_whole
 
 # SHA-256 of mnist_784's 70,000 decoded images and labels, C order, uint8: the same from OpenML and from the classic
@@ -94,8 +95,3 @@ def open_npz(path: Path) -> Any:
         if not zipfile.is_zipfile(file):
             raise ValueError("empty, cut short or not an .npz file")
     return np.load(path, allow_pickle=False)
-
-
-def say_why(error: BaseException) -> str:
-    """An error's message in one line, or its type where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__

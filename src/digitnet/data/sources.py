@@ -20,7 +20,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch.nn.functional import interpolate
 
-from digitnet.data.cache import Digits, hold_lock, load_cache, open_npz, say_why, verify_mnist, write_cache
+from digitnet.data.cache import Digits, hold_lock, load_cache, open_npz, verify_mnist, write_cache
+from digitnet.errors import say_why
 
 log = logging.getLogger(__name__)
 

@@ -13,6 +13,7 @@ from digitnet import figures, tallies
 from digitnet.canvas import Array
 from digitnet.checkpoints import FIT_HINT, LOG_DIR
 from digitnet.data import Digits, fetch_digits, verify_mnist
+from digitnet.errors import say_why
 from digitnet.figures import History
 from digitnet.files import shorten, tell_command, write_file
 from digitnet.study.explore import read_config
@@ -186,8 +187,7 @@ def load_predictions(folder: Path, num_images: int, test_command: str) -> dict[s
         if not np.isin(columns["prediction"], range(10)).all() or not table["confidence"].between(0, 1).all():
             raise ValueError("predictions must be digits, and confidences lie in [0, 1]")
     except (ValueError, OverflowError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path} is damaged ({reason}); test again: {test_command}") from error
+        raise ValueError(f"{path} is damaged ({say_why(error)}); test again: {test_command}") from error
     return columns
 
 
