@@ -707,6 +707,22 @@ def test_split_reads_what_is_in_a_frame_a_table_and_beside_a_bar(kind: str) -> N
         assert "1 other thing dropped" in digit.steps
 
 
+@pytest.mark.parametrize("rows", [8, 14])
+def test_split_reads_a_table_of_many_rows(rows: int) -> None:
+    picture, draw = page((600, 80 + 100 * rows))
+    for row in range(rows + 1):
+        draw.line((40, 40 + 100 * row, 560, 40 + 100 * row), 0, 4)
+    for column in range(5):
+        draw.line((40 + 130 * column, 40, 40 + 130 * column, 40 + 100 * rows), 0, 4)
+    for row in range(rows):
+        for column in range(4):
+            draw.rectangle((100 + 130 * column, 60 + 100 * row, 108 + 130 * column, 119 + 100 * row), 0)
+    digits = split_digits(picture)
+    assert len(digits) == 4 * rows
+    assert all("1 other thing dropped" in digit.steps for digit in digits)
+    assert all(extent(digit.image)[0] == 20 for digit in digits)
+
+
 def test_split_finds_nothing_on_blank_paper_however_noisy() -> None:
     for sigma in (4, 8):
         noisy = np.random.default_rng(sigma).normal(190, sigma, (900, 1200)).clip(0, 255)

@@ -31,7 +31,7 @@ SMALLEST = 8  # pixels of a sheet so large: no digit on it is smaller
 LARGE = 0.3  # of the digit's ink: a piece with more of it is no speck
 MAX_PIECES = 4_000  # of ink are looked at, the largest; a sheet has room for some 3,000 digits
 TOLD_OF_MANY = f"only the {MAX_PIECES:,} largest pieces looked at"
-NUM_CELLS = 3  # pieces that a frame encloses, and no digit does
+NUM_CELLS, NUM_SMALL_CELLS = 3, 12  # pieces that a frame encloses, and no digit does
 GAP = 0.15  # of the digit: strokes of one digit are not further apart
 FINE = 4  # strokes are measured and changed at this many times MNIST's resolution
 STROKE_RANGE = (2.1, 4.4)  # pixels of 28; thinner is thickened to the first, thicker thinned to the second
@@ -187,12 +187,14 @@ def find_other_things(labels: np.ndarray, boxes: np.ndarray, amounts: np.ndarray
         is_within = (boxes[:, :2] > boxes[i, :2]).all(1) & (boxes[:, 2:] < boxes[i, 2:]).all(1)
         inner = is_within & (sizes[:, 0] > 0.3 * sizes[i, 0]) & (amounts > 0.05 * amounts[i])
         cells = is_within & (sizes[:, 0] > 0.08 * sizes[i, 0]) & (amounts > 0.01 * amounts[i])
-        if inner.any() or cells.sum() >= NUM_CELLS:
+        small = is_within & (sizes[:, 0] > 0.02 * sizes[i, 0]) & (amounts > 0.002 * amounts[i])
+        if inner.any() or cells.sum() >= NUM_CELLS or small.sum() >= NUM_SMALL_CELLS:
             filled = ndimage.binary_fill_holes(piece)
             enclosed = np.unique(within[filled & ~piece & (within > 0)]) - 1
             # Narrower than a circle, and with round corners: a zero with its stroke inside.
             frames[i] = inner[enclosed].any() and (sizes[i, 0] < 1.3 * sizes[i, 1] or filled.mean() > 0.9)
-            frames[i] |= cells[enclosed].sum() >= NUM_CELLS  # around several, or a table with them in its cells
+            # Around several, or a table with them in its cells.
+            frames[i] |= cells[enclosed].sum() >= NUM_CELLS or small[enclosed].sum() >= NUM_SMALL_CELLS
     holes &= longest[~(edges | holes | frames)].max(initial=0) >= 0.7 * longest  # else a blot, with specks
     other = edges | holes | frames
     return other & ~other.all()
