@@ -171,8 +171,21 @@ def test_nan_loss_stops_with_what_to_try(digitnet: Run, capsys: pytest.CaptureFi
     [line] = error_lines(capsys)
     assert re.search(r"train/loss is (nan|inf) in epoch 0, after step \d\. Try a lower learning rate", line)
     assert "(--model.optimizer.lr; it is " in line
-    assert "), --trainer.gradient_clip_val 1; checkpoints of the epochs before are kept" in line
+    assert "), --trainer.gradient_clip_val 1; checkpoints of the epochs before, if any, are kept" in line
     assert not (RUN / "checkpoints" / "last.ckpt").exists()
+
+
+def test_stopped_while_the_first_checkpoint_is_saved_there_is_none_to_go_on_from(
+    digitnet: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def save(checkpoint: dict[str, Any], path: Path) -> None:
+        if path.name == "last.ckpt":
+            raise KeyboardInterrupt
+        save_checkpoint(checkpoint, path)
+
+    monkeypatch.setattr(callbacks, "save_checkpoint", save)
+    assert digitnet("fit", "--config", QUICKSTART, *TINY, "--trainer.max_epochs", 3) != 0
+    assert "stopped in epoch 0, before the first checkpoint; nothing is kept" in caplog.messages
 
 
 def test_full_disk_keeps_the_checkpoint_before(

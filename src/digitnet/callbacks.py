@@ -342,7 +342,7 @@ class StopOnNaN(Callback):
         raise ValueError(
             f"{name} is {loss.item()} in epoch {trainer.current_epoch}, after step {trainer.global_step}. Try a lower "
             f"learning rate (--model.optimizer.lr; it is {rate:g}), --trainer.gradient_clip_val 1{precision}; "
-            "checkpoints of the epochs before are kept, and going on from one keeps the rate"
+            "checkpoints of the epochs before, if any, are kept, and going on from one keeps the rate"
         )
 
 
@@ -393,15 +393,17 @@ class StopCleanly(Callback):
             rank_zero_info("stopped")
             return
         last = find_keeper(trainer, of_best=False)
-        if last and last.best_model_path and was_calibrating:
+        # Lightning names the file before it is written.
+        path = last.best_model_path if last and Path(last.best_model_path).is_file() else ""
+        if path and was_calibrating:
             rank_zero_info(
                 "stopped while calibrating, the training done. "
-                f"To calibrate: {tell_command('fit', '--ckpt_path', last.best_model_path)}"
+                f"To calibrate: {tell_command('fit', '--ckpt_path', path)}"
             )
-        elif last and last.best_model_path:
+        elif path:
             rank_zero_info(
                 f"stopped in epoch {trainer.current_epoch}; the epochs before it are kept. "
-                f"To go on: {tell_command('fit', '--ckpt_path', last.best_model_path)}"
+                f"To go on: {tell_command('fit', '--ckpt_path', path)}"
             )
         else:
             rank_zero_info(f"stopped in epoch {trainer.current_epoch}, before the first checkpoint; nothing is kept")

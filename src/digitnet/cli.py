@@ -210,6 +210,8 @@ class DigitCLI(LightningCLI):
                 flags = [*known, *flags]
             del stored
             rank_zero_info(f"{subcommand}: {self.checkpoint}")
+            if self.run_dir and typed.config:
+                rank_zero_info(f"{', '.join(typed.config)}: on top of the settings of {self.run_dir}")
         self.config = parser.parse_args([subcommand, *flags])
         config = self.config[subcommand]
         verify_sections(config, self._parser(subcommand).get_defaults())
@@ -248,6 +250,7 @@ class DigitCLI(LightningCLI):
         config = self.config[self.subcommand]
         if self.subcommand != "fit":
             warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`")  # the callbacks of fit
+            warnings.filterwarnings("ignore", message="You're using the WeightAveraging")  # the averages are scored
             for name, value in LEFT_OUT.items():
                 config.trainer[name] = value
             flags = [arg.partition("=")[0] for arg in self.args]

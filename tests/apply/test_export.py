@@ -87,11 +87,12 @@ def test_a_file_that_differs_is_not_put_in_place(
 def test_the_card_of_a_checkpoint_without_calibration_claims_none(
     digitnet: Run, trained_run: Path, tmp_path: Path
 ) -> None:
-    checkpoint = trained_run / "checkpoints" / "last.ckpt"
-    assert digitnet("export", "--ckpt_path", checkpoint, "--format", "pt2", "--output", tmp_path / "last.pt2") == 0
-    outputs = json.loads((tmp_path / "last.pt2.json").read_text())["outputs"]
-    assert "not calibrated" in outputs["probabilities"]
-    assert outputs["is_digit"] == "bool [batch], always true"
+    for name, told in (("last", "not calibrated"), ("best", "calibrated, of")):  # this one without a detector
+        checkpoint, output = trained_run / "checkpoints" / f"{name}.ckpt", tmp_path / f"{name}.pt2"
+        assert digitnet("export", "--ckpt_path", checkpoint, "--format", "pt2", "--output", output) == 0
+        outputs = json.loads((tmp_path / f"{name}.pt2.json").read_text())["outputs"]
+        assert told in outputs["probabilities"]
+        assert outputs["is_digit"] == "bool [batch], always true"
 
 
 @pytest.mark.parametrize("output", ["model.json", "model.txt", "folder.pt2"])

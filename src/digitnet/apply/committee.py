@@ -11,6 +11,7 @@ from digitnet.calibrate import fit_calibration, fit_max_score
 from digitnet.calibration import read_calibration
 from digitnet.checkpoints import load_net, read_data_settings, save_weights
 from digitnet.data import MNISTDataModule
+from digitnet.files import make_writable
 from digitnet.model import Committee, SingleNet
 
 
@@ -57,6 +58,7 @@ def committee(checkpoints: list[Path], output: Path = Path("committee.ckpt"), da
             members.extend(cast(list[SingleNet], list(net.members)))
         else:
             raise ValueError(f"{path} is a committee already; give its members")
+    make_writable(output.parent, "--output")
     firsts = read_calibration(first, paths[0])
     module = MNISTDataModule(**known, data_dir=data_dir)
     module.setup("validate")

@@ -21,7 +21,7 @@ from digitnet.apply.predictor import BATCH_SIZE, Predictor
 from digitnet.calibration import CalibratedNet
 from digitnet.checkpoints import find_folder, find_newest, read_data_settings, verify_checkpoint
 from digitnet.data import Digits, fetch_digits
-from digitnet.files import replace_whole, shorten
+from digitnet.files import make_writable, replace_whole, shorten
 from digitnet.machine import list_versions
 from digitnet.model import run_in_batches
 
@@ -35,8 +35,8 @@ OUTPUTS = {
 OUTPUTS_UNCALIBRATED = {
     "probabilities": "float32 [batch, 10], not calibrated, of the digits 0 to 9",
     "logits": "float32 [batch, 10]",
-    "is_digit": "bool [batch], always true",
 }
+WITHOUT_DETECTOR = {"is_digit": "bool [batch], always true"}
 Run = Callable[[np.ndarray], dict[str, np.ndarray]]
 
 
@@ -80,6 +80,7 @@ def export(
     if output.suffix != f".{format}" or output.is_dir():
         raise ValueError(f"output is {output}; it must be a file whose name ends in .{format}")
     predictor = Predictor.load(checkpoint)
+    make_writable(output.parent, "--output")
     if format == "onnx":
         require("onnx", "onnxscript", "onnxruntime")
     source, split, digits = load_test_digits(checkpoint, data_dir)
@@ -95,7 +96,7 @@ def export(
             "format": format,
             "sha256": hashlib.sha256(part.read_bytes()).hexdigest(),
             "input": {INPUT: "uint8 [batch, 1, 28, 28], bright ink on 0, as MNIST has it"},
-            "outputs": OUTPUTS if predictor.is_calibrated else OUTPUTS_UNCALIBRATED,
+            "outputs": describe_outputs(predictor),
             "uncertain_below": round(float(predictor.model.calibration.min_confidence), 6),
             "temperature": round(float(predictor.model.calibration.temperature), 6),
             "data": {"source": source, "split": split, "tested_on": "the last part"},
@@ -134,6 +135,12 @@ def load_test_digits(checkpoint: Path, data_dir: Path | None) -> tuple[str, list
             "export takes the same, to compare"
         )
     return source, split, Digits(digits.images[start:], digits.labels[start:])
+
+
+def describe_outputs(predictor: Predictor) -> dict[str, str]:
+    """What the file gives, by name, as its card tells."""
+    outputs = OUTPUTS if predictor.is_calibrated else OUTPUTS | OUTPUTS_UNCALIBRATED
+    return outputs if predictor.model.calibration.max_score < torch.inf else outputs | WITHOUT_DETECTOR
 
 
 def compare(run: Run, digits: Digits, expected: np.ndarray) -> Comparison:
