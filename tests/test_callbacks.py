@@ -14,8 +14,9 @@ import yaml
 from conftest import QUICKSTART, SHORT, Run
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import MixedPrecision
+from torch import nn
 
-from digitnet.callbacks import AverageWeights, StopCleanly, flatten_settings
+from digitnet.callbacks import AverageWeights, RestoreBestWeights, RunCheckpoint, StopCleanly, flatten_settings
 from digitnet.classifier import DigitClassifier
 from digitnet.data import MNISTDataModule, load_bundled_digits
 from digitnet.guards import verify_clipping
@@ -149,3 +150,14 @@ def test_weights_are_averaged_on_the_device_that_trains() -> None:
     assert average._average_model is not None
     assert {weight.device.type for weight in average._average_model.parameters()} == {"meta"}
     assert average._average_model.n_averaged.device.type == "cpu"  # or each step would wait for the device
+
+
+def test_a_process_without_the_best_file_gets_its_weights_from_the_first() -> None:
+    best = nn.Linear(2, 2)
+    sent = iter(["elsewhere/best.ckpt", best.state_dict()])  # by the first process, in this order
+    strategy = SimpleNamespace(broadcast=lambda mine: next(sent))
+    keeper = RunCheckpoint(monitor="val/acc", mode="max")  # which lost its file, and so its score
+    trainer: Any = SimpleNamespace(checkpoint_callbacks=[keeper], strategy=strategy, is_global_zero=False)
+    module: Any = nn.Linear(2, 2)
+    RestoreBestWeights().on_fit_end(trainer, module)
+    assert torch.equal(module.weight, best.weight)

@@ -165,7 +165,8 @@ class RestoreBestWeights(Callback):
             if trainer.is_global_zero:
                 weights = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
             pl_module.load_state_dict(trainer.strategy.broadcast(weights))
-            rank_zero_info(f"best {best.monitor} {best.best_model_score:.4f}: {shorten(path)}")
+            if trainer.is_global_zero:  # another one that went on without the file knows no score
+                rank_zero_info(f"best {best.monitor} {best.best_model_score:.4f}: {shorten(path)}")
 
 
 class Calibrate(Callback):

@@ -58,10 +58,10 @@ def committee(checkpoints: list[Path], output: Path = Path("committee.ckpt"), da
             members.extend(cast(list[SingleNet], list(net.members)))
         else:
             raise ValueError(f"{path} is a committee already; give its members")
-    make_writable(output.parent, "--output")
     firsts = read_calibration(first, paths[0])
     module = MNISTDataModule(**known, data_dir=data_dir)
     module.setup("validate")
+    make_writable(output.parent, "--output")  # not before: what makes no committee leaves no folder
     net = Committee(members)
     calibration = fit_calibration(net, module.datasets[0], module.datasets[1], num_digits=0)
     if firsts.max_score < torch.inf:

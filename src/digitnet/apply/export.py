@@ -80,10 +80,10 @@ def export(
     if output.suffix != f".{format}" or output.is_dir():
         raise ValueError(f"output is {output}; it must be a file whose name ends in .{format}")
     predictor = Predictor.load(checkpoint)
-    make_writable(output.parent, "--output")
     if format == "onnx":
         require("onnx", "onnxscript", "onnxruntime")
     source, split, digits = load_test_digits(checkpoint, data_dir)
+    make_writable(output.parent, "--output")  # not before: what cannot be exported leaves no folder
     images = torch.from_numpy(digits.images)[:, None]
     expected = run_in_batches(predictor.model.net, images, torch.device("cpu"), BATCH_SIZE).numpy()
     with replace_whole(output.with_name(f"{output.name}.json")) as card_part, replace_whole(output) as part:
