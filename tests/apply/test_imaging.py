@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from drawings import STROKES, render
 from PIL import Image, ImageDraw, ImageOps
 from scipy import ndimage
 
@@ -371,6 +372,15 @@ def test_enlarged_digits_come_back(digits: np.ndarray, real_digits: Digits, brig
         ]
         assert np.median(distances) < 8
         assert max(distances) < 20  # some strokes are made thicker or thinner
+
+
+@pytest.mark.parametrize("bright", [False, True])
+@pytest.mark.parametrize("kind", sorted(STROKES))
+def test_a_drawn_digit_enlarged_comes_back(kind: int, bright: bool) -> None:
+    image = found(render(STROKES[kind])).image  # fills MNIST's box
+    for enlarge in (lambda small: np.kron(small, np.ones((8, 8), np.uint8)), large):
+        picture = enlarge(image) if bright else 255 - enlarge(image)
+        assert apart(found(Image.fromarray(picture)).image, image) < 8
 
 
 def test_shading_and_a_shadow_change_little(digits: np.ndarray) -> None:
