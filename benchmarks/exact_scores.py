@@ -15,7 +15,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,8 @@ import numpy as np
 
 from digitnet.checkpoints import find_folder, save_checkpoint, verify_checkpoint
 from digitnet.data import fetch_digits
-from digitnet.files import replace_whole
-from digitnet.machine import describe_hardware, list_versions
+from digitnet.files import write_json
+from digitnet.machine import describe_environment
 
 SIZES = (5_000, 10_001)
 PROCESSES = (1, 2, 3)
@@ -78,13 +77,10 @@ def main() -> int:
     report = {
         "mistakes": table,
         "is_exact": is_exact,
-        "hardware": describe_hardware(),
-        "versions": list_versions(),
         "command": f"python benchmarks/exact_scores.py {options}",
-        "date": datetime.now(UTC).date().isoformat(),
+        **describe_environment(),
     }
-    with replace_whole(args.output) as part:
-        part.write_text(json.dumps(report, indent=2) + "\n")
+    write_json(args.output, report)
     print("equal, image by image" if is_exact else "NOT EQUAL")
     return 0 if is_exact else 1
 

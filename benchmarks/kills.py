@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import multiprocessing
 import os
 import random
@@ -22,7 +21,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +29,8 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from digitnet.checkpoints import verify_checkpoint
-from digitnet.files import PART, replace_whole
-from digitnet.machine import describe_hardware, list_versions
+from digitnet.files import PART, write_file, write_json
+from digitnet.machine import describe_environment
 
 ROOT = Path(__file__).parent.parent
 FIT = [
@@ -176,7 +174,7 @@ def describe(result: dict[str, Any]) -> str:
             f"| **same result, bit for bit** | **{sum(map(is_clean, trials))} of {len(trials)}** |",
             "",
             f"Runs of {result['epochs']} epochs of 3 steps, {result['whole_run_s']:.1f} s each. {result['hardware']}; "
-            f"{result['date']}; `{result['command']}`",
+            f"{result['date'][:10]}; `{result['command']}`",
             "",
         ]
     )
@@ -210,16 +208,12 @@ def main() -> int:
         "clean": sum(map(is_clean, trials)),
         "epochs": args.epochs,
         "whole_run_s": round(whole_run_s, 2),
-        "hardware": describe_hardware(),
-        "versions": list_versions(),
         "command": f"python benchmarks/kills.py --kills {args.kills} --epochs {args.epochs} --seed {args.seed}",
-        "date": datetime.now(UTC).date().isoformat(),
+        **describe_environment(),
         "trials": trials,
     }
-    with replace_whole(args.output) as part:
-        part.write_text(json.dumps(result, indent=1) + "\n")
-    with replace_whole(args.output.with_suffix(".md")) as part:
-        part.write_text(describe(result))
+    write_json(args.output, result)
+    write_file(args.output.with_suffix(".md"), describe(result).encode())
     return 0 if result["clean"] == args.kills else 1
 
 

@@ -32,7 +32,7 @@ import numpy as np
 from PIL import Image
 
 from digitnet.data import load_bundled_digits
-from digitnet.files import replace_whole
+from digitnet.files import write_json
 from digitnet.machine import describe_hardware
 
 SECONDS_LIMIT = 60.0  # a conversation that lasts longer is neither answered nor closed
@@ -277,8 +277,7 @@ def main() -> None:
     }
     print(json.dumps(report, indent=1))
     if args.output:
-        with replace_whole(args.output) as part:
-            part.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(args.output, report)
 
 
 if __name__ == "__main__":

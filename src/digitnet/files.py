@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import shlex
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 PART = ".part-"  # begins the name of a file that is not whole
 
@@ -38,6 +40,11 @@ def write_file(path: Path, data: bytes) -> None:
     """Write all or nothing. Missing folders are made."""
     with replace_whole(path) as part:
         part.write_bytes(data)
+
+
+def write_json(path: Path, record: Any) -> None:
+    """Write a record as JSON for people, all or nothing. Missing folders are made."""
+    write_file(path, (json.dumps(record, indent=2) + "\n").encode())
 
 
 def make_writable(folder: Path, flag: str) -> None:

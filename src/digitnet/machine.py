@@ -6,8 +6,10 @@ import ctypes
 import platform
 import re
 import sys
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -66,3 +68,9 @@ def list_versions() -> dict[str, str]:
     packages = ("torch", "torchvision", "lightning", "torchmetrics", "scikit-learn", "numpy")
     own = {"python": platform.python_version(), "digitnet": digitnet.__version__}
     return own | {package: version(package) for package in packages}
+
+
+def describe_environment() -> dict[str, Any]:
+    """What a record of a result says of the machine: ``hardware``, ``versions`` and the ``date`` now, in UTC."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"hardware": describe_hardware(), "versions": list_versions(), "date": now}

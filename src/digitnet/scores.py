@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +14,8 @@ from torch import Tensor
 
 from digitnet.checkpoints import count_trained_on, find_folder, find_run, read_data_settings, read_temperature
 from digitnet.data import find_data
-from digitnet.files import shorten, write_file
-from digitnet.machine import describe_hardware, list_versions
+from digitnet.files import shorten, write_file, write_json
+from digitnet.machine import describe_environment
 
 
 class CollectScores(Callback):
@@ -112,15 +110,13 @@ class WriteScores(CollectScores):
             "seed": yaml.safe_load(config).get("seed_everything") if config else None,
             "command": self.command,
             "precision": str(trainer.precision),
-            "versions": list_versions(),
-            "hardware": describe_hardware(),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            **describe_environment(),
         }
         rows = ["index,label,prediction,confidence"]
         for offset, row in enumerate(zip(labels.tolist(), prediction.tolist(), confidence.tolist(), strict=True)):
             rows.append(f"{start + offset},{row[0]},{row[1]},{row[2]:.6f}")
         write_file(self.report_dir / f"{prefix}predictions.csv", ("\n".join(rows) + "\n").encode())
-        write_file(self.report_dir / f"{prefix}metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
+        write_json(self.report_dir / f"{prefix}metrics.json", metrics)
         named = "test" if subset == "test" else "validation"
         print(
             f"images    {num_images:,} of {named} ({data.source}, {start:,} to {start + num_images - 1:,})\n"

@@ -717,6 +717,42 @@ def test_split_reads_what_is_in_a_frame_a_table_and_beside_a_bar(kind: str) -> N
         assert "1 other thing dropped" in digit.steps
 
 
+@pytest.mark.parametrize("shape", ["disc", "splash", "pen"])
+def test_split_reads_what_is_beside_a_blot_or_a_pen(shape: str) -> None:
+    picture, draw = sheet_of_bars()
+    wide, wide_draw = page((1400, 900))
+    wide.paste(picture, (0, 0))
+    if shape == "pen":
+        wide_draw.line((500, 850, 1200, 450), 60, 90)
+    for left, top, side in ((700, 300, 400), (640, 520, 200))[: {"disc": 1, "splash": 2, "pen": 0}[shape]]:
+        wide_draw.ellipse((left, top, left + side, top + side), 60)
+    digits, expected = split_digits(wide), split_digits(picture)
+    assert len(digits) == len(expected) == 6
+    for digit, other in zip(digits, expected, strict=True):
+        assert apart(digit.image, other.image) < 5
+        assert "1 other thing dropped" in digit.steps
+
+
+def test_split_keeps_a_heading_that_is_larger_than_the_digits_below() -> None:
+    picture, draw = page((1000, 900))
+    draw.line([(300, 130), (480, 130), (380, 380)], 0, 60)  # over 20 times the ink of the others
+    for left in range(100, 900, 120):
+        draw.line([(left, 604), (left + 40, 604), (left + 20, 700)], 0, 7)
+    assert len(split_digits(picture)) == 8
+
+
+@pytest.mark.parametrize("share", [0.33, 0.4, 0.45])
+def test_split_takes_a_comma_for_no_digit_and_a_raised_one_for_one(share: float) -> None:
+    for bottom, num in ((300 + round(90 * share), 4), (120 + round(200 * share), 5)):
+        picture, draw = page((900, 500))
+        for left in (100, 200, 420, 520):
+            draw.rectangle((left, 100, left + 30, 299), 0)
+        draw.rectangle((300, bottom - round(200 * share), 320, bottom), 0)
+        digits = split_digits(picture)
+        assert len(digits) == num
+        assert all(("1 small piece left out" in digit.steps) == (num == 4) for digit in digits)
+
+
 @pytest.mark.parametrize("rows", [8, 14])
 def test_split_reads_a_table_of_many_rows(rows: int) -> None:
     picture, draw = page((600, 80 + 100 * rows))

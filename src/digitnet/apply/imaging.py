@@ -32,6 +32,7 @@ LARGE = 0.3  # of the digit's ink: a piece with more of it is no speck
 MAX_PIECES = 4_000  # of ink are looked at, the largest; a sheet has room for some 3,000 digits
 TOLD_OF_MANY = f"only the {MAX_PIECES:,} largest pieces looked at"
 NUM_CELLS, NUM_SMALL_CELLS = 3, 12  # pieces that a frame encloses, and no digit does
+BLOT = 20  # times the ink of a usual piece
 GAP = 0.15  # of the digit: strokes of one digit are not further apart
 FINE = 4  # strokes are measured and changed at this many times MNIST's resolution
 STROKE_RANGE = (2.1, 4.4)  # pixels of 28; thinner is thickened to the first, thicker thinned to the second
@@ -323,7 +324,8 @@ def split_digits(picture: Image.Image, invert: Invert = "auto") -> list[Digit28]
     amounts, boxes = measure_pieces(ink, labels)
     at_edge = (boxes[:, :2] == 0).any(1) | (boxes[:, 2:] == labels.shape).any(1)
     other = find_other_things(labels, boxes, amounts)
-    other |= find_bars(boxes, (amounts > 0.02 * amounts.max()) & ~other)
+    other |= find_blots(labels, boxes, amounts, ~(at_edge | other))
+    other |= find_bars(boxes, (amounts > 0.02 * amounts[~other].max()) & ~other)
     if other.any():
         steps = (*steps, f"{count(int(other.sum()), 'other thing')} dropped")
     left_out = at_edge | other
@@ -342,6 +344,29 @@ def split_digits(picture: Image.Image, invert: Invert = "auto") -> list[Digit28]
         image, width_step = to_mnist(digit.ink)
         found.append((digit.box, Digit28(image, (*steps, *width_step))))
     return [digit for _, digit in reading_order(found)]
+
+
+def find_blots(labels: np.ndarray, boxes: np.ndarray, amounts: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+    """Which pieces are far larger than several others and convex, nearly: a blot, a pen on the paper. (N,) bool.
+
+    Args:
+        labels: (H, W) of the pieces, from 1 on.
+        boxes: (N, 4) of each: top, left, bottom, right.
+        amounts: (N,) of its ink.
+        candidates: (N,) bool, those that are looked at.
+    """
+    sizes = boxes[:, 2:] - boxes[:, :2]
+    blots = np.zeros(len(boxes), bool)
+    others = candidates & (sizes.max(1) >= 2 * SMALLEST)  # the rest are specks
+    if others.sum() <= NUM_CELLS:
+        return blots
+    for i in np.flatnonzero(candidates & (amounts > BLOT * np.median(amounts[others]))):
+        from scipy.spatial import ConvexHull  # takes a while that most sheets need not wait for
+
+        top, left, bottom, right = boxes[i]
+        pixels = np.argwhere(labels[top:bottom, left:right] == i + 1)
+        blots[i] = len(pixels) > 0.7 * ConvexHull(np.concatenate([pixels, pixels + 1])).volume  # in a plane, the area
+    return blots
 
 
 def find_bars(boxes: np.ndarray, candidates: np.ndarray) -> np.ndarray:
@@ -377,8 +402,14 @@ def digit_groups(boxes: np.ndarray, whole: np.ndarray) -> tuple[list[np.ndarray]
     _, groups = csgraph.connected_components(joined, directed=False)
     order = np.flatnonzero(whole)[np.argsort(groups[whole], kind="stable")]
     members = np.split(order, np.flatnonzero(np.diff(groups[order])) + 1)
-    sizes = np.array([boxes[m, 2:].max(0) - boxes[m, :2].min(0) for m in members])  # (M, 2): height, width
+    lows = np.array([boxes[m, :2].min(0) for m in members])  # (M, 2): top, left
+    highs = np.array([boxes[m, 2:].max(0) for m in members])  # (M, 2): bottom, right
+    sizes = highs - lows
     is_digit, is_speck = sizes[:, 0] >= 0.3 * usual, sizes.max(1) < SMALLEST
+    for i in np.flatnonzero(is_digit & (sizes[:, 0] < 0.5 * usual)):  # a comma hangs beside the foot of a digit
+        near = np.maximum(lows[i, 1], lows[:, 1]) - np.minimum(highs[i, 1], highs[:, 1]) < 0.5 * usual
+        beside = near & (lows[i, 0] > (lows + highs)[:, 0] / 2) & (lows[i, 0] < highs[:, 0])
+        is_digit[i] = not (beside & (sizes[:, 0] >= 0.5 * usual)).any()
     digits = [m for m, found in zip(members, is_digit & ~is_speck, strict=True) if found]
     return digits, int((~is_digit & ~is_speck).sum())
 

@@ -24,7 +24,6 @@ import re
 import shutil
 import statistics
 import sys
-from datetime import UTC, datetime
 from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,9 +36,9 @@ from digitnet.checkpoints import find_run, verify_checkpoint
 from digitnet.cli import main
 from digitnet.data.sources import NAMES
 from digitnet.errors import nearest_name, to_one_line
-from digitnet.files import make_writable, tell_command, write_file
+from digitnet.files import make_writable, tell_command, write_file, write_json
 from digitnet.guards import discard_run
-from digitnet.machine import describe_hardware, list_versions
+from digitnet.machine import describe_environment
 from digitnet.study.explore import read_config
 from digitnet.study.report import load_history
 
@@ -346,11 +345,9 @@ def train(row: Row, seed: int, output: Path) -> Result:
         "val_acc": float(history.val_acc[-1]),
         "run_time_s": measure_seconds(run),
         "precision": str(trainer.precision),
-        "hardware": describe_hardware(),
-        "versions": list_versions(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **describe_environment(),
     }
-    write_file(run / "result.json", (json.dumps(result, indent=2) + "\n").encode())
+    write_json(run / "result.json", result)
     shutil.rmtree(run / "checkpoints")  # 20 MB a run, and a bare `test` would take it for the newest model
     return result
 

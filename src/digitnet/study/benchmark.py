@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -34,8 +33,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from digitnet.classifier import DigitClassifier
 from digitnet.cli import DigitCLI, prepare_process
 from digitnet.data import MNISTDataModule, find_data
-from digitnet.files import make_writable, tell_command, write_file
-from digitnet.machine import describe_hardware, list_versions
+from digitnet.files import make_writable, tell_command, write_file, write_json
+from digitnet.machine import describe_environment
 from digitnet.model import DigitNet
 from digitnet.winograd import MIN_BATCH
 
@@ -87,10 +86,8 @@ def benchmark(
         "command": tell_command("benchmark", "--config", config.as_posix())
         + f" --steps {steps} --rounds {rounds}"
         + (" --keras_python PYTHON" if keras_python and turns.keras_python else ""),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "hardware": describe_hardware(),
+        **describe_environment(),
         "threads": torch.get_num_threads(),
-        "versions": {**list_versions(), **turns.keras_versions},
         "precision": str(cli.trainer.precision),
         "batch_size": turns.plain.batch_size,
         **turns.plain.describe(min(steps, 50)),
@@ -101,10 +98,11 @@ def benchmark(
         },
         "peak_memory_bytes": peak_memory_bytes(turns.plain.device),
     }
+    result["versions"] |= turns.keras_versions
     text = render_result(result)
     print(text)
     if output:
-        write_file(output, (json.dumps(result, indent=2) + "\n").encode())
+        write_json(output, result)
         write_file(output.with_suffix(".md"), text.encode())
 
 

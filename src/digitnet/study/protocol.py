@@ -9,7 +9,6 @@ import json
 import math
 import statistics
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +19,8 @@ from torch import Tensor
 
 from digitnet.checkpoints import choose_resumable, find_run, load_net, verify_checkpoint
 from digitnet.data import MNISTDataModule, fetch_digits
-from digitnet.files import make_writable, tell_command, write_file
-from digitnet.machine import describe_hardware, list_versions
+from digitnet.files import make_writable, tell_command, write_file, write_json
+from digitnet.machine import describe_environment
 from digitnet.model import Network, run_in_batches
 from digitnet.study.ablation import (
     FIRST_SEED,
@@ -156,7 +155,7 @@ def protocol(
                 print("protocol stopped; the same command goes on from here", flush=True)
                 raise
             result = score(run, seed, num_epochs, module, holdout)
-            write_file(run / "result.json", (json.dumps(result, indent=2) + "\n").encode())
+            write_json(run / "result.json", result)
             (run / "checkpoints" / "best.ckpt").unlink(missing_ok=True)  # or `test` would take it for the newest model
             write_table(recipe, config, holdout)
     print(write_table(recipe, config, holdout))
@@ -236,9 +235,7 @@ def score(run: Path, seed: int, num_epochs: int, module: MNISTDataModule, holdou
         **({"loss": float(losses.mean()), "loss_odd": float(losses[is_odd].mean())} if holdout else {}),
         "train_s": measure_seconds(run),
         "precision": yaml.safe_load((run / "hparams.yaml").read_text())["precision"],  # as it was trained
-        "hardware": describe_hardware(),
-        "versions": list_versions(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **describe_environment(),
     }
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +10,8 @@ import torch
 from digitnet import figures
 from digitnet.checkpoints import count_trained_on, find_folder, find_newest, find_run, load_net, read_data_settings
 from digitnet.data import MNISTDataModule
-from digitnet.files import make_writable, write_file
-from digitnet.machine import describe_hardware, list_versions
+from digitnet.files import make_writable, write_file, write_json
+from digitnet.machine import describe_environment
 from digitnet.model import run_in_batches
 from digitnet.study.corruptions import CORRUPTIONS, corrupt
 from digitnet.study.explore import load_data_module, read_config
@@ -85,11 +83,9 @@ def robustness(
         "accuracy": accuracies,
         "mean_of_15": mean,
         "seed": seed,
-        "versions": list_versions(),
-        "hardware": describe_hardware(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **describe_environment(),
     }
-    write_file(folder / "robustness.json", (json.dumps(record, indent=2) + "\n").encode())
+    write_json(folder / "robustness.json", record)
     write_file(folder / "robustness.md", render_table(record).encode())
     corrupted = {name: accuracies[name] for name in CORRUPTIONS}
     title = f"{100 * mean:.1f} % right when spoiled, {100 * accuracies['clean']:.2f} % when not"
