@@ -719,7 +719,7 @@ def test_split_reads_what_is_in_a_frame_a_table_and_beside_a_bar(kind: str) -> N
 
 @pytest.mark.parametrize("shape", ["disc", "splash", "pen"])
 def test_split_reads_what_is_beside_a_blot_or_a_pen(shape: str) -> None:
-    picture, draw = sheet_of_bars()
+    picture, _ = sheet_of_bars()
     wide, wide_draw = page((1400, 900))
     wide.paste(picture, (0, 0))
     if shape == "pen":

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from drawings import STROKES, Points, render, train_on_drawings
+from PIL import Image
 
 pytest.importorskip("fastapi", reason='the page needs the extra "serve"')
 pytest.importorskip("playwright", reason="no playwright here, which drives the browser")
@@ -298,6 +299,20 @@ def test_uncertainty_and_no_digit_are_said(page: Page) -> None:
         expect(page.locator("#digit")).to_have_text(digit)
         page.unroute("**/predict*")
     expect(page.locator("#detail")).to_contain_text("or a 9, 41\N{NO-BREAK SPACE}%")
+
+
+def test_a_photo_of_several_digits_is_not_passed_off_as_one(page: Page) -> None:
+    sheet = Image.new("L", (500, 250), 255)
+    for place, digit in enumerate((7, 4)):
+        sheet.paste(render(STROKES[digit]), (40 + 250 * place, 60))
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    page.set_input_files("#photo", {"name": "two.png", "mimeType": "image/png", "buffer": buffer.getvalue()})
+    expect(page.locator("#detail")).to_contain_text("is it the only one? 1 large piece left out")
+    page.keyboard.press("Escape")
+    draw(page, STROKES[7])
+    expect(page.locator("#digit")).to_have_text("7")
+    expect(page.locator("#detail")).not_to_contain_text("only one")
 
 
 @pytest.mark.usefixtures("may_complain")

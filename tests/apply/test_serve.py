@@ -329,6 +329,8 @@ def test_bad_bodies_are_refused_in_one_line(
 def test_wrong_places_and_parameters_are_refused_in_json(client: TestClient) -> None:
     wrong = client.post("/predict", params={"invert": "maybe"}, content=SEVEN)
     assert (wrong.status_code, "'auto', 'yes' or 'no'" in wrong.json()["error"]) == (422, True)
+    unknown = client.post("/predict", params={"split": "true"}, content=SEVEN)
+    assert (unknown.status_code, unknown.json()["error"].startswith("query.split: ")) == (422, True)
     assert client.get("/nowhere").status_code == 404
     assert client.get("/../serve.py").status_code == 404
     assert client.get("/%2e%2e/serve.py").status_code == 404

@@ -93,6 +93,13 @@ class Health(BaseModel):
     version: str
 
 
+class Options(BaseModel):
+    """What may stand behind the question mark."""
+
+    model_config = ConfigDict(extra="forbid")
+    invert: Invert = Field("auto", description="yes: ink is darker than paper; no: brighter; auto: look")
+
+
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     400: {"description": "an empty or broken body"},
     408: {"description": f"the body took longer than {BODY_SECONDS:.0f} s"},
@@ -156,12 +163,7 @@ def create_app(predictor: Predictor | None = None) -> FastAPI:
     @app.post(
         "/predict", openapi_extra=BODY, responses={code: {"model": Problem, **more} for code, more in PROBLEMS.items()}
     )
-    async def predict(
-        request: Request,
-        invert: Annotated[
-            Invert, Query(description="yes: ink is darker than paper; no: brighter; auto: look")
-        ] = "auto",
-    ) -> Answer:
+    async def predict(request: Request, options: Annotated[Options, Query()]) -> Answer:
         """Read the digit in a picture: the file itself, a form with one file, or 28 x 28 values as JSON."""
         try:
             with held_bytes.hold() as take_bytes, places.hold() as take_places:
@@ -171,7 +173,7 @@ def create_app(predictor: Predictor | None = None) -> FastAPI:
                 if kind == JSON:
                     prepare = partial(parse_pixels, body)
                 else:
-                    prepare = partial(parse_picture, await find_picture(request, kind, body), invert)
+                    prepare = partial(parse_picture, await find_picture(request, kind, body), options.invert)
                 take_places(1)  # only now: who sends slowly keeps nobody from being read
                 digit = await asyncio.get_running_loop().run_in_executor(threads, prepare)
                 return describe(digit, None if digit is None else await batcher.read(digit.image))

@@ -316,11 +316,14 @@ function showAnswer({ status, digit, confidence, runner_up, runner_up_confidence
     uncertain: () => ["Uncertain", `perhaps ${a(digit)}, ${percent(confidence)}, or ${a(runner_up)}, ${percent(runner_up_confidence)}`],
     "no digit": () => ["No digit", "nothing here that looks like one"],
   };
-  const [verdict, detail] = words[status]();
+  const [verdict, alone] = words[status]();
   const known = status !== "no digit";
+  const others = steps.find((step) => known && step.includes("left out"));
+  const doubt = others ? `; is it the only one? ${others}` : "";
+  const detail = alone + doubt;
   showResult(status, known ? digit : null, verdict, detail, known ? probabilities : null);
   showSeen(image, steps);
-  speak(known && status === "ok" ? `${digit}, ${verdict}` : `${verdict}: ${detail}`);
+  speak(status === "ok" ? `${digit}, ${verdict}${doubt}` : `${verdict}: ${detail}`);
 }
 
 function showEmpty() {
