@@ -98,5 +98,7 @@ def train_on_drawings(checkpoint: Path, num_each: int = 60) -> None:
 def save_checkpoint(net: DigitNet, checkpoint: Path) -> None:
     """Write what ``fit`` would, as far as ``Predictor`` needs it; confidences stay as they are."""
     weights = {f"net.{name}": weight for name, weight in net.state_dict().items()}
-    stored = {"state_dict": weights, "calibration": Calibration().state_dict()}
+    calibration = Calibration()
+    calibration.max_score.fill_(1e9)  # as of a detector that is content with everything
+    stored = {"state_dict": weights, "calibration": calibration.state_dict()}
     torch.save({**stored, "pytorch-lightning_version": lightning.__version__}, checkpoint)

@@ -82,6 +82,11 @@ class Calibration(nn.Module):
         """
         return self.detector(images) - self.energy_weight * logits.logsumexp(dim=1)
 
+    @property
+    def has_detector(self) -> bool:
+        """Whether something may be no digit."""
+        return bool(self.max_score < torch.inf)
+
     @classmethod
     def from_state(cls, state: dict[str, Tensor] | None) -> Calibration:
         """A calibration as a checkpoint keeps it; the one that changes nothing where the checkpoint has none."""

@@ -196,11 +196,19 @@ def test_split_numbers_the_digits_of_a_sheet(digitnet: Run, make_checkpoint: Cal
     assert [one["number"] for one in json.loads(capsys.readouterr().out)] == [1, 2]
 
 
-def test_a_checkpoint_without_calibration_says_so_once(
-    make_checkpoint: Callable[..., Path], caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [({"temperature": None}, ["no calibration"]), ({"max_score": torch.inf}, ["no detector"]), ({"max_score": 9}, [])],
+)
+def test_a_checkpoint_that_takes_any_picture_for_a_digit_says_so_once(
+    make_checkpoint: Callable[..., Path],
+    caplog: pytest.LogCaptureFixture,
+    values: dict[str, float | None],
+    said: list[str],
 ) -> None:
-    predictor = Predictor.load(make_checkpoint(temperature=None))
-    assert sum("no calibration" in message for message in caplog.messages) == 1
+    predictor = Predictor.load(make_checkpoint(**values))
+    assert [what for message in caplog.messages for what in said if what in message] == said
+    assert len(caplog.messages) == len(said)
     assert {reading.status for reading in predictor.read(np.zeros((2, 28, 28), np.uint8))} <= {"ok", "uncertain"}
 
 
@@ -229,7 +237,15 @@ def test_contact_sheets_that_cannot_be_written_are_told_before_the_reading(
 def test_a_name_that_the_output_cannot_have(folder: Path, make_checkpoint: Callable[..., Path]) -> None:
     picture = folder / "数.png"
     Image.fromarray(DIGITS.images[0]).save(picture)
-    command = [sys.executable, "-m", "digitnet", "predict", "--ckpt_path", str(make_checkpoint()), str(picture)]
+    command = [
+        sys.executable,
+        "-m",
+        "digitnet",
+        "predict",
+        "--ckpt_path",
+        str(make_checkpoint(max_score=9)),
+        str(picture),
+    ]
     shown = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "latin-1"}, check=False)
     assert b"\\u6570.png" in shown.stdout
     assert (shown.returncode, shown.stderr) == (0, b"")

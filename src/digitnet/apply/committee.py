@@ -64,7 +64,7 @@ def committee(checkpoints: list[Path], output: Path = Path("committee.ckpt"), da
     make_writable(output.parent, "--output")  # not before: what makes no committee leaves no folder
     net = Committee(members)
     calibration = fit_calibration(net, module.datasets[0], module.datasets[1], num_digits=0)
-    if firsts.max_score < torch.inf:
+    if firsts.has_detector:
         calibration.detector = firsts.detector
         images = module.datasets[1].images
         fit_max_score(calibration, torch.zeros(len(images), 10), images, torch.device("cpu"))

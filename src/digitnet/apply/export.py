@@ -140,7 +140,7 @@ def load_test_digits(checkpoint: Path, data_dir: Path | None) -> tuple[str, list
 def describe_outputs(predictor: Predictor) -> dict[str, str]:
     """What the file gives, by name, as its card tells."""
     outputs = OUTPUTS if predictor.is_calibrated else OUTPUTS | OUTPUTS_UNCALIBRATED
-    return outputs if predictor.model.calibration.max_score < torch.inf else outputs | WITHOUT_DETECTOR
+    return outputs if predictor.model.calibration.has_detector else outputs | WITHOUT_DETECTOR
 
 
 def compare(run: Run, digits: Digits, expected: np.ndarray) -> Comparison:

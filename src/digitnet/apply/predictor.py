@@ -60,7 +60,10 @@ class Predictor:
         if "calibration" not in stored:
             log.warning("%s holds no calibration (fit adds it): confidences are raw, and any picture is a digit", path)
             return cls(net)
-        return cls(net, read_calibration(stored, path))
+        calibration = read_calibration(stored, path)
+        if not calibration.has_detector:
+            log.warning("%s has no detector of what is no digit (fit left it out): any picture is a digit", path)
+        return cls(net, calibration)
 
     @torch.inference_mode()
     def read(self, images: np.ndarray) -> list[Reading]:
