@@ -36,6 +36,7 @@ from digitnet.data import (
     fetch_digits,
     load_bundled_digits,
     load_file,
+    module,
     sources,
     verify_mnist,
 )
@@ -560,6 +561,23 @@ def test_own_file(few: Digits, tmp_path: Path, kind: str) -> None:
     found = fetch_digits(str(FORMATS[kind](tmp_path, few)))
     assert same(found, few)
     assert found.images.dtype == found.labels.dtype == np.uint8
+
+
+def test_own_digits_of_dark_ink_or_sorted_by_label_are_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(sources, "rank_zero_info", told.append)
+    monkeypatch.setattr(module, "rank_zero_info", told.append)
+    images, labels = load_bundled_digits()
+    for name, some, order in (
+        ("plain", images, slice(None)),
+        ("dark", 255 - images, slice(None)),
+        ("sorted", images, np.argsort(labels, kind="stable")),
+    ):
+        told.clear()
+        path = save_npz(tmp_path / f"{name}.npz", images=some[order], labels=labels[order])
+        MNISTDataModule(source=str(path), split=(1297, 250, 250)).setup("fit")
+        assert any("dark ink on bright paper" in line for line in told) == (name == "dark")
+        assert any("labelled 8, 9; shuffle" in line for line in told) == (name == "sorted")
 
 
 def shorten(path: Path) -> Path:

@@ -11,6 +11,7 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
@@ -125,6 +126,11 @@ class MNISTDataModule(L.LightningDataModule):
                 "one to test, at least"
             )
         ends = np.cumsum(self.split)
+        if unknown := set(digits.labels[ends[0] :].tolist()) - set(digits.labels[: ends[0]].tolist()):
+            rank_zero_info(
+                f"{self.source}: none of the first {self.split[0]:,} images, which are trained on, is labelled "
+                f"{', '.join(map(str, sorted(unknown)))}; shuffle a file that is sorted, as the split is in order"
+            )
         self.datasets = [
             DigitDataset(Digits(digits.images[end - size : end], digits.labels[end - size : end]))
             for size, end in zip(self.split, ends, strict=True)

@@ -154,8 +154,10 @@ def protocol(
             except (KeyboardInterrupt, SystemExit):  # the latter is how fit ends after Ctrl-C
                 print("protocol stopped; the same command goes on from here", flush=True)
                 raise
+            print("scoring the last epoch, best or not, alone and averaged over shifts", flush=True)  # a minute or two
             result = score(run, seed, num_epochs, module, holdout)
             write_json(run / "result.json", result)
+            print(f"seed {seed} is done: {result['train_s']:.0f} s of training", flush=True)
             (run / "checkpoints" / "best.ckpt").unlink(missing_ok=True)  # or `test` would take it for the newest model
             write_table(recipe, config, holdout)
     print(write_table(recipe, config, holdout))
