@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-import math
 import os
 import sys
 import warnings
@@ -60,19 +59,16 @@ from digitnet.errors import OneLineErrors
 from digitnet.files import shorten, tell_command
 from digitnet.guards import (
     FIXED,
-    claim_folder,
     explain_failures,
-    try_optimizer,
-    try_schedule,
-    verify_clipping,
     verify_is_text,
-    verify_monitor,
+    verify_optimization,
     verify_sections,
     verify_settings,
 )
 from digitnet.imports import limit_imports
 from digitnet.machine import choose_precision, keep_freed_memory
 from digitnet.pictures import Pictures
+from digitnet.run_folder import claim_folder
 from digitnet.scores import WriteScores
 
 # What the table of runs shows of the trainer, as it changes what is learned.
@@ -338,7 +334,7 @@ class DigitCLI(LightningCLI):
         # Data, optimizer and log folder first: where one of them is wrong, no half-made run is left behind.
         self.datamodule.setup("fit")
         self._verify_data(model)
-        self._verify_optimization(model)
+        verify_optimization(self.trainer, model, self.datamodule, goes_on=self.checkpoint is not None)
         first_step = 0
         if self.checkpoint:
             stored = verify_checkpoint(self.checkpoint)
@@ -401,48 +397,6 @@ class DigitCLI(LightningCLI):
                 )
         if data.augmentation is not None:
             verify_augmentation(data.augmentation, data.datasets[0].images[:8].to(self.trainer.strategy.root_device))
-
-    def _verify_optimization(self, model: DigitClassifier) -> None:
-        """Refuse an optimizer and a schedule that cannot be made, or cannot take their first step."""
-        model.setup("fit")  # the weights' memory format, which not every optimizer can deal with
-        try:
-            optimization = model.configure_optimizers()
-        except ValueError:
-            raise
-        except Exception as error:  # any optimizer, any argument: learning rate null is a TypeError
-            raise ValueError(f"model.optimizer or model.lr_scheduler: {error}") from error
-        optimizer = optimization["optimizer"] if isinstance(optimization, dict) else optimization
-        verify_clipping(self.trainer, optimizer)
-        if self.trainer.strategy.root_device.type == "cpu":  # where the weights are by now
-            try_optimizer(optimizer)
-        if isinstance(optimization, dict):
-            schedule = optimization["lr_scheduler"]
-            self._check_schedule(schedule["scheduler"])
-            try_schedule(schedule["scheduler"])
-            if "monitor" in schedule and not self.checkpoint:  # going on keeps the run's, right or wrong
-                verify_monitor("model.lr_scheduler", schedule["monitor"], schedule["scheduler"].mode)
-
-    def _check_schedule(self, scheduler: Any) -> None:
-        """Refuse a schedule of a fixed number of steps that ends before the training; say so if it ends after it."""
-        scheduled = getattr(scheduler, "total_steps", None)  # OneCycleLR's, which counts steps
-        if scheduled is None:
-            return
-        trainer = self.trainer
-        images = math.ceil(self.datamodule.split[0] / trainer.world_size)
-        batches = math.ceil(images / self.datamodule.batch_size)
-        limit = trainer.limit_train_batches
-        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-        epoch = math.ceil(batches / trainer.accumulate_grad_batches)
-        epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
-        steps = epoch * epochs if trainer.max_steps == -1 else min(epoch * epochs, trainer.max_steps)
-        told = f"model.lr_scheduler is made for {scheduled:,} steps, this training has {steps:,}"
-        if steps > scheduled:
-            remedy = f"--model.lr_scheduler.total_steps {steps}" if steps < math.inf else "--trainer.max_epochs"
-            if self.checkpoint:  # going on keeps the schedule
-                remedy = f"--trainer.max_epochs {scheduled // epoch}"
-            raise ValueError(f"{told}; give {remedy}")
-        if steps < scheduled:
-            rank_zero_info(f"{told}: the learning rate will not come to its end")
 
     def validate(self, model: DigitClassifier, **kwargs: Any) -> None:
         self._tell_of_known_images(self.datamodule.split[0], self.datamodule.split[1])

@@ -1,10 +1,10 @@
-"""What stands around a run: what would spoil it is refused, its folder is one process's own, what breaks it is told."""
+"""What stands around a run: what would spoil it is refused beforehand, and what breaks it told in one line."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import shutil
+import math
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -13,14 +13,13 @@ from typing import Any
 
 import lightning as L
 import torch
-from filelock import FileLock, Timeout
 from jsonargparse import Namespace
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from digitnet.classifier import METRICS
+from digitnet.classifier import METRICS, DigitClassifier
+from digitnet.data import MNISTDataModule
 from digitnet.errors import nearest_name
-from digitnet.files import PART, make_writable, tell_command
 
 # What makes best.ckpt the best epoch's and last.ckpt the last one's.
 FIXED_FOR_BOTH = {
@@ -34,75 +33,7 @@ FIXED: dict[str, dict[str, Any]] = {
         "save_on_train_epoch_end": True,
     },
 }  # fmt: skip
-LOCK = ".lock"  # a file in each run's folder, held by the process that is at work in it
 AT_LEAST = {"trainer.check_val_every_n_epoch": 1, "trainer.accumulate_grad_batches": 1, "early_stopping.patience": 0}
-
-
-@contextlib.contextmanager
-def claim_folder(logger: TensorBoardLogger, to_go_on: bool) -> Iterator[None]:
-    """Make a run's folder this process's own until the block ends: runs started at once never share one.
-
-    Args:
-        logger: of the run. Without a version of its own it gets the next one that is free.
-        to_go_on: whether the folder is that of an earlier run.
-
-    Raises:
-        OSError: the folder cannot be made or written.
-        ValueError: another ``fit`` is at work in it, or it holds another run.
-    """
-    flag = "--trainer.logger.save_dir"
-    if logger._version is None:
-        make_writable(Path(logger.log_dir).parent, flag)
-        while True:
-            try:
-                Path(logger.log_dir).mkdir()
-                break
-            except FileExistsError:
-                logger._version = None  # another process was faster: look for the next one again
-    folder = Path(logger.log_dir)
-    make_writable(folder, flag)
-    if (folder / "config.yaml").exists() and not to_go_on:
-        go_on = tell_command("fit", "--ckpt_path", folder / "checkpoints" / "last.ckpt")
-        raise ValueError(f"{folder} holds a run; to go on: {go_on}")
-    with _lock(folder) as is_locked:
-        if is_locked:
-            for mine in (folder, folder / "checkpoints"):  # not where export or test may be at work
-                for abandoned in mine.glob(f"{PART}*"):  # by a fit that was killed
-                    abandoned.unlink(missing_ok=True)
-        yield
-
-
-def discard_run(folder: Path) -> None:
-    """Empty the folder, if any, of a run that was stopped before it had a checkpoint to go on from.
-
-    Raises:
-        ValueError: a ``fit`` is at work in it, or it was finished meanwhile.
-    """
-    if not folder.is_dir():
-        return
-    with _lock(folder):
-        if (folder / "result.json").exists():
-            raise ValueError(f"{folder} was finished by another process meanwhile; type the command again")
-        for path in folder.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name != LOCK:  # Windows removes no file that is open
-                path.unlink()
-
-
-@contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[bool]:
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise ValueError(f"another fit is at work in {folder}; wait for it to end, or stop it") from error
-    except (NotImplementedError, OSError):  # a disk that knows no locks
-        pass
-    try:
-        yield lock.is_locked
-    finally:
-        lock.release()
 
 
 @contextlib.contextmanager
@@ -211,6 +142,62 @@ def verify_settings(config: Any) -> None:
                     "the last one's, in the run's folder. To keep others too, add a "
                     "lightning.pytorch.callbacks.ModelCheckpoint to trainer.callbacks"
                 )
+
+
+def verify_optimization(trainer: L.Trainer, model: DigitClassifier, data: MNISTDataModule, goes_on: bool) -> None:
+    """Refuse an optimizer and a schedule that cannot be made, cannot take their first step, or end too early.
+
+    Args:
+        trainer: of the run, before it begins.
+        model: which is to be trained; it is given the memory format that it will have.
+        data: the training images.
+        goes_on: whether the run goes on from a checkpoint, whose schedule it keeps, right or wrong.
+
+    Raises:
+        ValueError: there is one.
+    """
+    model.setup("fit")  # the weights' memory format, which not every optimizer can deal with
+    try:
+        optimization = model.configure_optimizers()
+    except ValueError:
+        raise
+    except Exception as error:  # any optimizer, any argument: learning rate null is a TypeError
+        raise ValueError(f"model.optimizer or model.lr_scheduler: {error}") from error
+    optimizer = optimization["optimizer"] if isinstance(optimization, dict) else optimization
+    verify_clipping(trainer, optimizer)
+    if trainer.strategy.root_device.type == "cpu":  # where the weights are by now
+        try_optimizer(optimizer)
+    if isinstance(optimization, dict):
+        schedule = optimization["lr_scheduler"]
+        verify_num_steps(trainer, data, schedule["scheduler"], goes_on)
+        try_schedule(schedule["scheduler"])
+        if "monitor" in schedule and not goes_on:
+            verify_monitor("model.lr_scheduler", schedule["monitor"], schedule["scheduler"].mode)
+
+
+def verify_num_steps(trainer: L.Trainer, data: MNISTDataModule, scheduler: Any, goes_on: bool) -> None:
+    """Refuse a schedule of a fixed number of steps that ends before the training; say so if it ends after it.
+
+    Raises:
+        ValueError: it ends before.
+    """
+    scheduled = getattr(scheduler, "total_steps", None)  # OneCycleLR's, which counts steps
+    if scheduled is None:
+        return
+    batches = math.ceil(math.ceil(data.split[0] / trainer.world_size) / data.batch_size)
+    limit = trainer.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    epoch = math.ceil(batches / trainer.accumulate_grad_batches)
+    epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
+    steps = epoch * epochs if trainer.max_steps == -1 else min(epoch * epochs, trainer.max_steps)
+    told = f"model.lr_scheduler is made for {scheduled:,} steps, this training has {steps:,}"
+    if steps > scheduled:
+        remedy = f"--model.lr_scheduler.total_steps {steps}" if steps < math.inf else "--trainer.max_epochs"
+        if goes_on:
+            remedy = f"--trainer.max_epochs {scheduled // epoch}"
+        raise ValueError(f"{told}; give {remedy}")
+    if steps < scheduled:
+        rank_zero_info(f"{told}: the learning rate will not come to its end")
 
 
 def try_optimizer(optimizer: torch.optim.Optimizer) -> None:

@@ -37,8 +37,8 @@ from digitnet.cli import main
 from digitnet.data.sources import NAMES
 from digitnet.errors import nearest_name, to_one_line
 from digitnet.files import make_writable, tell_command, write_file, write_json
-from digitnet.guards import discard_run
 from digitnet.machine import describe_environment
+from digitnet.run_folder import discard_run
 from digitnet.study.explore import read_config
 from digitnet.study.report import load_history
 
