@@ -42,7 +42,7 @@ def main() -> None:
     for run in runs:
         net, _ = load_net(run / "checkpoints" / "last.ckpt")
         net = net.to(memory_format=torch.channels_last)
-        answers.append(run_in_batches(net, images, torch.device("cpu")).softmax(dim=1))
+        answers.append(run_in_batches(net, images).softmax(dim=1))
         num_parameters.append(sum(parameter.numel() for parameter in net.parameters()))
 
     print("| networks | parameters | committees | mistakes in 10,000: mean | fewest | most | in the last 5,000: mean |")

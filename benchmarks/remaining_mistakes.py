@@ -50,7 +50,7 @@ def main() -> None:
 
     batch = torch.from_numpy(images)[:, None]
     nets = [load_net(path.parent / "checkpoints" / "last.ckpt")[0] for path in seeds]
-    logits = torch.stack([run_in_batches(net, batch, torch.device("cpu")) for net in nets], dim=1)
+    logits = torch.stack([run_in_batches(net, batch) for net in nets], dim=1)
     guesses = logits.argmax(dim=2)  # (N, seeds)
     # The label itself where rounding lets every network read it after all.
     read = [(Counter(guess for guess in row if guess != label).most_common(1) or [(label, 0)])[0][0]

@@ -11,7 +11,7 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from digitnet.calibrate import choose_threshold, fit_calibration, fit_temperature
-from digitnet.calibration import CalibratedNet, Calibration, Detector
+from digitnet.calibration import CalibratedNet, Calibration, Detector, read_calibration
 from digitnet.data import DigitDataset, Digits, load_bundled_digits
 from digitnet.model import Committee, DigitNet
 from digitnet.near_misses import blur, draw_letters, draw_noise, draw_polygons, draw_strokes, make_near_misses, place
@@ -133,7 +133,7 @@ def test_the_networks_doubt_counts_beside_the_detectors_score() -> None:
 
 def test_without_a_calibration_nothing_changes() -> None:
     images, net = torch.rand(4, 1, 28, 28), DigitNet().eval()
-    probabilities, logits, is_digit = CalibratedNet(net, Calibration.from_state(None))(images)
+    probabilities, logits, is_digit = CalibratedNet(net, read_calibration({}, Path("none.ckpt")))(images)
     assert torch.equal(logits, net(images))
     assert torch.equal(probabilities, logits.softmax(1))
     assert is_digit.all()
@@ -149,7 +149,7 @@ def test_fit_leaves_a_calibration_in_the_best_checkpoint(digitnet: Run, tmp_path
     (best,), (mine,) = tmp_path.rglob("best.ckpt"), tmp_path.rglob("mine.ckpt")
     assert "calibration" not in torch.load(mine, weights_only=True)
     checkpoint = torch.load(best, weights_only=True)
-    calibration = Calibration.from_state(checkpoint["calibration"])
+    calibration = read_calibration(checkpoint, Path("best.ckpt"))
     assert 0.5 <= float(calibration.temperature) <= 10
     assert torch.isfinite(calibration.max_score) == bool(num_digits)
 

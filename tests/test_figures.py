@@ -69,8 +69,8 @@ def test_confusions_of_a_toy_case() -> None:
     counts = tallies.count_confusions(TOY_LABELS, TOY_PREDICTIONS)
     expected = {(0, 0): 1, (0, 1): 1, (1, 1): 1, (2, 2): 1, (7, 2): 2, (7, 7): 1}
     assert {(row, column): int(counts[row, column]) for row, column in np.argwhere(counts)} == expected
-    assert tallies.find_confused_pair(counts) == (7, 2)
-    assert tallies.find_confused_pair(np.eye(10, dtype=int)) is None
+    assert tallies.rank_confusions(counts)[0] == (7, 2)
+    assert tallies.rank_confusions(np.eye(10, dtype=int)) == []
 
 
 def test_calibration_error_by_hand_and_as_torchmetrics_has_it() -> None:

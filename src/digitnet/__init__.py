@@ -31,25 +31,19 @@ __all__ = [
 ]
 
 _HOMES = {
-    "DigitClassifier": "classifier",
-    "DigitNet": "model",
-    "HardExamples": "selection",
-    "MNISTDataModule": "data",
-    "RandomAffine": "augment",
-    "RandomDisturbance": "disturb",
-    "RandomWarp": "augment",
-    "ResidualNet": "model",
-    "Teacher": "distillation",
-    "UprightNet": "model",
-    "UprightResidualNet": "model",
-    "ZoomNet": "model",
-    "ZoomResidualNet": "model",
-    "fetch_digits": "data",
+    "augment": ("RandomAffine", "RandomWarp"),
+    "classifier": ("DigitClassifier",),
+    "data": ("MNISTDataModule", "fetch_digits"),
+    "distillation": ("Teacher",),
+    "disturb": ("RandomDisturbance",),
+    "model": ("DigitNet", "ResidualNet", "UprightNet", "UprightResidualNet", "ZoomNet", "ZoomResidualNet"),
+    "selection": ("HardExamples",),
 }
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used: importing torch takes seconds that ``--help`` should not."""
-    if name in _HOMES:
-        return getattr(import_module(f"digitnet.{_HOMES[name]}"), name)
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"digitnet.{home}"), name)
     raise AttributeError(f"module 'digitnet' has no attribute {name!r}")

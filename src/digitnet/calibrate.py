@@ -44,7 +44,7 @@ def fit_calibration(
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(cuda):  # its detector draws weights
         calibration = Calibration()
-    logits = run_in_batches(net.eval(), val.images, device)
+    logits = run_in_batches(net.eval(), val.images)
     temperature = fit_temperature(logits, val.labels)
     confidence = (logits.double() / temperature).softmax(dim=1).amax(dim=1)
     calibration.temperature.fill_(temperature)
@@ -57,20 +57,19 @@ def fit_calibration(
             calibration.detector = fit_detector(train.images[picks], train.labels[picks], device, generator)
         # Logarithms of mean probabilities have no energy to tell.
         calibration.energy_weight.fill_(0.0 if isinstance(net, Committee) else ENERGY_WEIGHT)
-        fit_max_score(calibration, logits, val.images, device)
+        fit_max_score(calibration, logits, val.images)
     return calibration.cpu().eval()
 
 
-def fit_max_score(calibration: Calibration, logits: Tensor, images: Tensor, device: torch.device) -> None:
+def fit_max_score(calibration: Calibration, logits: Tensor, images: Tensor) -> None:
     """Set the score above which there is no digit.
 
     Args:
         calibration: with its detector, on the device.
         logits: (N, 10) of the network on the images, on the CPU.
         images: validation digits (N, 1, 28, 28) uint8.
-        device: where the detector is.
     """
-    scores = run_in_batches(calibration.detector, images, device)
+    scores = run_in_batches(calibration.detector, images)
     scores -= calibration.energy_weight.cpu() * logits.logsumexp(dim=1)
     calibration.max_score.fill_(float(scores.quantile(1 - REJECTED, interpolation="higher")))
 

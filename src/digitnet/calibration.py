@@ -87,14 +87,6 @@ class Calibration(nn.Module):
         """Whether something may be no digit."""
         return bool(self.max_score < torch.inf)
 
-    @classmethod
-    def from_state(cls, state: dict[str, Tensor] | None) -> Calibration:
-        """A calibration as a checkpoint keeps it; the one that changes nothing where the checkpoint has none."""
-        calibration = cls()
-        if state is not None:
-            calibration.load_state_dict(state)
-        return calibration.eval()
-
 
 def read_calibration(checkpoint: dict[str, Any], path: Path) -> Calibration:
     """The calibration that a checkpoint, read from ``path``, holds; the one that changes nothing where it holds none.
@@ -102,10 +94,13 @@ def read_calibration(checkpoint: dict[str, Any], path: Path) -> Calibration:
     Raises:
         ValueError: it is of another version.
     """
+    calibration = Calibration().eval()
     try:
-        return Calibration.from_state(checkpoint.get("calibration"))
+        if "calibration" in checkpoint:
+            calibration.load_state_dict(checkpoint["calibration"])
     except (RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: its calibration is of another version of digitnet; fit again") from error
+    return calibration
 
 
 class CalibratedNet(nn.Module):

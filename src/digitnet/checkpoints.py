@@ -59,7 +59,7 @@ def find_run(checkpoint: Path) -> Path | None:
 def find_folder(checkpoint: Path, name: str) -> Path:
     """Where what is made of a checkpoint goes: its run's ``<name>/``, or ``<checkpoint>_<name>/`` beside it."""
     run = find_run(checkpoint)
-    return run / name if run else checkpoint.absolute().with_name(f"{checkpoint.stem}_{name}")
+    return run / name if run else shorten(checkpoint.with_name(f"{checkpoint.stem}_{name}"))
 
 
 def verify_checkpoint(path: Path, to_resume: bool = False) -> dict[str, Any]:
@@ -150,15 +150,14 @@ def is_of_architecture(checkpoint: dict[str, Any], net: nn.Module) -> bool:
 
 
 def _make_single(names: list[str]) -> SingleNet:
-    if "block1.conv.weight" in names:
-        return ResidualNet()
+    keys = {name.partition(".")[0] for name in names}
     for large in (UprightResidualNet, ZoomResidualNet):
-        if f"{large.KEY}.block1.conv.weight" in names:
+        if large.KEY in keys:
             return large()
     for kind in (UprightNet, ZoomNet):
-        if f"{kind.KEY}.conv1.weight" in names:
+        if kind.KEY in keys:
             return kind(batch_norm=f"{kind.KEY}.norms.conv1.mean" in names)
-    return DigitNet()
+    return ResidualNet() if "block1" in keys else DigitNet()
 
 
 def load_net(path: Path) -> tuple[Network, dict[str, Any]]:
@@ -170,7 +169,7 @@ def load_net(path: Path) -> tuple[Network, dict[str, Any]]:
     checkpoint = verify_checkpoint(path)
     net = make_net(checkpoint)
     net.load_state_dict({name: checkpoint["state_dict"][f"net.{name}"] for name in net.state_dict()})
-    for each in net.members if isinstance(net, Committee) else [net]:
+    for each in list(net.modules()):
         if isinstance(each, UprightNet):
             each.fold()
     return net.eval(), checkpoint

@@ -320,7 +320,7 @@ class DigitCLI(LightningCLI):
             callbacks.append(PrintEpochs())
         else:
             assert self.checkpoint is not None
-            self.tested = self.run_dir or shorten(find_folder(self.checkpoint, "report"))
+            self.tested = self.run_dir or find_folder(self.checkpoint, "report")
             callbacks.append(WriteScores(self.checkpoint, self.command))
         plugins = settings.plugins or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), WholeCheckpointIO()]
@@ -415,17 +415,6 @@ class DigitCLI(LightningCLI):
             rank_zero_info(f"the checkpoint was trained on {known:,} of these {num_images:,} images: it knows them")
 
 
-def prepare_process() -> None:
-    """What a process that trains or scores does first: quiet, only classes that configs may name, memory kept.
-
-    Raises:
-        ValueError: ``DIGITNET_ALLOW_IMPORTS`` cannot be used.
-    """
-    hide_noise()
-    limit_imports()
-    keep_freed_memory()
-
-
 def hide_noise() -> None:
     """Filter out what is not for our users: a summary's remark on bfloat16, the like, and advertisements."""
     warnings.filterwarnings("ignore", message=".*does not have many workers")
@@ -439,11 +428,12 @@ def hide_noise() -> None:
     )
 
 
-def main(args: list[str]) -> DigitCLI:
+def main(args: list[str], cli_class: type[DigitCLI] = DigitCLI) -> DigitCLI:
     """Run ``fit``, ``validate`` or ``test``.
 
     Args:
         args: the subcommand and its flags.
+        cli_class: what runs it.
 
     Returns:
         The command line after its work, with its ``model`` and ``trainer``.
@@ -451,8 +441,10 @@ def main(args: list[str]) -> DigitCLI:
     Raises:
         ValueError, OSError: a setting, a file or the data is wrong; one line says which and what to do.
     """
-    prepare_process()
-    cli = DigitCLI(args)
+    hide_noise()
+    limit_imports()
+    keep_freed_memory()
+    cli = cli_class(args)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         # Gloo's threads can abort a process that ends before they do (github.com/pytorch/pytorch/pull/179291).
         torch.distributed.destroy_process_group()

@@ -17,8 +17,9 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
+from digitnet import tallies
 from digitnet.canvas import (
     BLUE,
     GREY,
@@ -36,7 +37,6 @@ from digitnet.canvas import (
     make_figure,
     make_plain,
 )
-from digitnet.tallies import NUM_BINS, bin_reliability, count_confusions, find_confused_pair, wilson_interval
 
 WHITE_TO_VERMILION = LinearSegmentedColormap.from_list(
     "white_to_vermilion", ["#FDEFE6", "#F0A070", "#B34700", "#6E2B00"]
@@ -87,7 +87,7 @@ def draw_class_balance(counts: Mapping[str, Array]) -> Figure:
         axes.axhline(np.mean(split_counts), color=INK, linewidth=1, linestyle="--")
         axes.set_title(f"{name}: {int(np.sum(split_counts)):,} images", loc="left", fontsize=10)
         axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axes.yaxis.set_major_formatter("{x:,.0f}")
         axes.set_xticks(range(10), [f"{digit}\n{count:,}" for digit, count in enumerate(split_counts)])
         axes.set_xlim(-0.55, 9.55)
         make_plain(axes)
@@ -203,7 +203,7 @@ def _fit_scale(axes: Axes, ticks: list[float], values: Array, scale: Scale, unsc
         shown = [shown[0], *shown[2:-1:2], shown[-1]]
     axes.yaxis.set_major_locator(FixedLocator(shown))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+    axes.yaxis.set_major_formatter("{x:.4g}")
     bottom, top = scale(low), scale(high)
     pad = 0.05 * (top - bottom)
     axes.set_ylim(unscale(bottom - pad), unscale(top + pad))
@@ -214,7 +214,7 @@ def _fit_scale(axes: Axes, ticks: list[float], values: Array, scale: Scale, unsc
 
 def draw_confusion(labels: Array, predictions: Array) -> Figure:
     """The confusion matrix in counts. Only mistakes are coloured, or the diagonal would drown them."""
-    counts = count_confusions(labels, predictions)
+    counts = tallies.count_confusions(labels, predictions)
     num_errors = int(counts.sum() - np.trace(counts))
     figure = make_figure(WIDTH_IN, 5.9, f"Confusion matrix: {format_count(num_errors, 'mistake')} in {len(labels):,}")
     axes = figure.subplots()
@@ -261,8 +261,7 @@ def draw_mistakes(
         known_wrong: (N,) bool, where people have found the label itself to be wrong; marked with a star.
         limit: draw this many at most; a note says how many there are.
     """
-    wrong = np.flatnonzero(labels != predictions)
-    wrong = wrong[np.argsort(-confidences[wrong], kind="stable")]
+    wrong = tallies.find_mistakes(labels, predictions, confidences)
     shown = wrong[:limit]
     starred = np.zeros(len(labels), bool) if known_wrong is None else known_wrong
     title = f"{format_count(len(wrong), 'mistake')} in {len(labels):,}: actual / predicted, confidence"
@@ -280,16 +279,16 @@ def draw_mistakes(
 
 def draw_confused_pair(images: Array, labels: Array, predictions: Array, confidences: Array) -> Figure:
     """The commonest confusion looked at closely: its images, above both digits as they usually look."""
-    pair = find_confused_pair(count_confusions(labels, predictions))
-    if pair is None:
+    pairs = tallies.rank_confusions(tallies.count_confusions(labels, predictions))
+    if not pairs:
         return make_empty_figure(f"No digit was taken for another in {len(labels):,} images")
-    actual, predicted = pair
-    mixed = np.flatnonzero((labels == actual) & (predictions == predicted))
-    mixed = mixed[np.argsort(-confidences[mixed], kind="stable")]
+    actual, predicted = pairs[0]
+    wrong = tallies.find_mistakes(labels, predictions, confidences)
+    mixed = wrong[(labels[wrong] == actual) & (predictions[wrong] == predicted)]
     columns = 6
     shown = mixed[: 3 * columns]
     blocks = [(f"{actual} read as {predicted}, with the confidence in {predicted}", shown, True)]
-    for digit in pair:
+    for digit in pairs[0]:
         right = np.flatnonzero((labels == digit) & (predictions == digit))[:columns]
         if len(right):
             blocks.append((f"{digit} read as {digit}, the first of the set", right, False))
@@ -365,19 +364,20 @@ def draw_class_scores(precision: Array, recall: Array, f1: Array) -> Figure:
     return figure
 
 
-def draw_reliability(confidences: Array, correct: Array, num_bins: int = NUM_BINS) -> Figure:
+def draw_reliability(confidences: Array, correct: Array) -> Figure:
     """How often the network is right at each confidence, and how many images have it."""
-    bins = bin_reliability(confidences, correct, num_bins)
+    bins = tallies.bin_reliability(confidences, correct)
     figure = make_figure(WIDTH_IN, 5.6, f"Reliability: expected calibration error {100 * bins.ece:.2f} %")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     filled = bins.counts > 0
     intervals = np.array(
         [
-            wilson_interval(round(a * n), n)
+            tallies.wilson_interval(round(a * n), n)
             for a, n in zip(bins.accuracy[filled], bins.counts[filled].tolist(), strict=True)
         ]
     )
-    top.set_title(f"{num_bins} bins of equal width, with 95 % intervals; dashed: perfect", loc="left", fontsize=10)
+    note = f"{len(bins.counts)} bins of equal width, with 95 % intervals; dashed: perfect"
+    top.set_title(note, loc="left", fontsize=10)
     top.plot([0, 1], [0, 1], "--", color=GREY, linewidth=1)
     top.vlines(bins.confidence[filled], intervals[:, 0], intervals[:, 1], color=BLUE, linewidth=1.5)
     top.plot(bins.confidence[filled], bins.accuracy[filled], "o", color=BLUE)
@@ -389,7 +389,7 @@ def draw_reliability(confidences: Array, correct: Array, num_bins: int = NUM_BIN
     bottom.bar_label(bars, [f"{count:,}" if count else "" for count in bins.counts], fontsize=8.5, padding=2)
     bottom.set_yscale("log")
     bottom.set_ylim(0.5, max(bins.counts.max(), 1) * 6)
-    bottom.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    bottom.yaxis.set_major_formatter("{x:,.0f}")
     bottom.yaxis.set_minor_locator(NullLocator())
     bottom.set_ylabel("images")
     bottom.set_xlabel("confidence")
@@ -477,7 +477,7 @@ def draw_tradeoff(
         ticks = [step * 10**power for power in range(5) for step in steps]
         axis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
         axis.set_minor_locator(NullLocator())
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel("seconds of training")
     axes.set_ylabel(unit)
     make_plain(axes)

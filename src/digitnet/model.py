@@ -48,7 +48,7 @@ class SingleNet(nn.Module, ABC):
 
     def see(self, images: Tensor) -> Tensor:
         """What of such images counts: (B, 1, 28, 28)."""
-        return type(self).VIEW(to_levels(images, next(self.parameters()).dtype), self.training)
+        return self.VIEW(to_levels(images, next(self.parameters()).dtype), self.training)
 
     @abstractmethod
     def score(self, seen: Tensor) -> Tensor:
@@ -366,6 +366,7 @@ def to_levels(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 @torch.no_grad()
-def run_in_batches(module: nn.Module, images: Tensor, device: torch.device, batch_size: int = 250) -> Tensor:
+def run_in_batches(module: nn.Module, images: Tensor, batch_size: int = 250) -> Tensor:
     """What a module makes of images (N, 1, 28, 28), batch by batch on its device; float32 (N, ...) on the CPU."""
+    device = next(module.parameters()).device
     return torch.cat([module(batch.to(device)).float().cpu() for batch in images.split(batch_size)])

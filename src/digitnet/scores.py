@@ -14,7 +14,7 @@ from torch import Tensor
 
 from digitnet.checkpoints import count_trained_on, find_folder, find_run, read_data_settings, read_temperature
 from digitnet.data import find_data
-from digitnet.files import shorten, write_file, write_json
+from digitnet.files import write_file, write_json
 from digitnet.machine import describe_environment
 
 
@@ -123,5 +123,5 @@ class WriteScores(CollectScores):
             f"accuracy  {metrics['accuracy']:.2%}\n"
             f"mistakes  {num_errors:,}\n"
             f"loss      {metrics['loss']:.4f}\n"
-            f"report    {shorten(self.report_dir / (f'{prefix}metrics.json' if prefix else ''))}"
+            f"report    {self.report_dir / (f'{prefix}metrics.json' if prefix else '')}"
         )

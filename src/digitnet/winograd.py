@@ -15,8 +15,10 @@ import math
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.polynomial.polynomial import polyfromroots
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -43,18 +45,11 @@ def make_transforms(tile: int) -> tuple[Tensor, Tensor, Tensor]:
     differences = points[:, None] - points + torch.eye(tile + 1)  # 1 where a point meets itself
     kernel = torch.cat([powers[:, :3] / differences.prod(dim=1)[:, None], torch.eye(3)[2:]])
     output = torch.cat([powers[:, :tile], torch.eye(tile)[-1:]]).T
-    polynomials = [_expand([*points[:i], *points[i + 1 :]]) for i in range(tile + 1)]
-    polynomials = [F.pad(each, (0, 1)) for each in polynomials] + [_expand([*points])]
+    roots = [np.delete(points.numpy(), i) for i in range(tile + 1)]  # all points but one
+    polynomials = [F.pad(torch.from_numpy(polyfromroots(each)), (0, 1)) for each in roots]
+    polynomials.append(torch.from_numpy(polyfromroots(points.numpy())))
     squares = [torch.kron(one, one).float() for one in (torch.stack(polynomials), kernel, output.contiguous())]
     return squares[0], squares[1], squares[2]
-
-
-def _expand(roots: list[Tensor]) -> Tensor:
-    """Coefficients, from the constant up, of the polynomial with these roots and a leading 1."""
-    coefficients = torch.ones(1, dtype=torch.float64)
-    for root in roots:
-        coefficients = F.pad(coefficients, (1, 0)) - root * F.pad(coefficients, (0, 1))
-    return coefficients
 
 
 class Conv3x3(nn.Conv2d):

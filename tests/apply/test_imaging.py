@@ -741,6 +741,15 @@ def test_split_keeps_a_heading_that_is_larger_than_the_digits_below() -> None:
     assert len(split_digits(picture)) == 8
 
 
+def test_split_lives_with_a_line_of_a_pixel_along_the_diagonal() -> None:
+    for start, end in (((100, 100), (700, 700)), ((700, 100), (100, 700))):
+        picture, draw = page((900, 900))
+        draw.line((*start, *end), 0, 1)
+        for k in range(5):
+            draw.line((750, 100 + 60 * k, 750, 118 + 60 * k), 0, 1)
+        assert split_digits(picture)
+
+
 @pytest.mark.parametrize("share", [0.33, 0.4, 0.45])
 def test_split_takes_a_comma_for_no_digit_and_a_raised_one_for_one(share: float) -> None:
     for bottom, num in ((300 + round(90 * share), 4), (120 + round(200 * share), 5)):

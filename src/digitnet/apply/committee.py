@@ -67,7 +67,7 @@ def committee(checkpoints: list[Path], output: Path = Path("committee.ckpt"), da
     if firsts.has_detector:
         calibration.detector = firsts.detector
         images = module.datasets[1].images
-        fit_max_score(calibration, torch.zeros(len(images), 10), images, torch.device("cpu"))
+        fit_max_score(calibration, torch.zeros(len(images), 10), images)
     data_settings = first.get("datamodule_hyper_parameters", {})
     save_weights(net, output, calibration=calibration.state_dict(), datamodule_hyper_parameters=data_settings)
     num_parameters = sum(weight.numel() for weight in net.parameters())

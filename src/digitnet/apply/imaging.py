@@ -117,13 +117,13 @@ def to_side(picture: Image.Image, side: int) -> tuple[Image.Image, float]:
 
 
 class Found(NamedTuple):
-    """A digit's ink alone (h, w) in [0, 1], cut to its box in the picture."""
+    """A digit's ink alone (h, w) in [0, 1], with a margin, and its box in the picture, without."""
 
     ink: np.ndarray
     box: Box
     steps: tuple[str, ...]
-    num_left_out: int = 0  # pieces that are too large for specks
-    num_others: int = 0  # frames, holes and edges
+    num_left_out: int  # pieces that are too large for specks
+    num_others: int  # frames, holes and edges
 
 
 def pick_digit(ink: Ink) -> Found | None:
@@ -154,8 +154,7 @@ def pick_digit(ink: Ink) -> Found | None:
         steps.append(TOLD_OF_MANY)
     if num_left > num_large:
         steps.append(f"{count(num_left - num_large, 'speck')} dropped")
-    found = cut_out(ink, labels, boxes, np.flatnonzero(kept), tuple(steps))
-    return found._replace(num_left_out=num_large, num_others=int(other.sum()))
+    return Found(*cut_out(ink, labels, boxes, np.flatnonzero(kept)), tuple(steps), num_large, int(other.sum()))
 
 
 def find_other_things(labels: np.ndarray, boxes: np.ndarray, amounts: np.ndarray) -> np.ndarray:
@@ -208,7 +207,7 @@ def measure_pieces(ink: Ink, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return amounts, np.array([(r.start, c.start, r.stop, c.stop) for r, c in ndimage.find_objects(labels)])
 
 
-def cut_out(ink: Ink, labels: np.ndarray, boxes: np.ndarray, pieces: np.ndarray, steps: tuple[str, ...]) -> Found:
+def cut_out(ink: Ink, labels: np.ndarray, boxes: np.ndarray, pieces: np.ndarray) -> tuple[np.ndarray, Box]:
     """The ink of some pieces (K,), by their places in ``boxes``, with soft edges, scaled so a stroke's middle is 1."""
     top, left, bottom, right = (int(end) for end in (*boxes[pieces, :2].min(0), *boxes[pieces, 2:].max(0)))
     height, width = labels.shape
@@ -223,7 +222,7 @@ def cut_out(ink: Ink, labels: np.ndarray, boxes: np.ndarray, pieces: np.ndarray,
     full = quantile(values[mask], 0.6)
     low = min(ink.floor / 2, full / 4)
     scaled = np.where(soft, (values - low) / (full - low), 0).clip(0, 1)
-    return Found(scaled.astype(np.float32), (slice(top, bottom), slice(left, right)), steps)
+    return scaled.astype(np.float32), (slice(top, bottom), slice(left, right))
 
 
 def label_ink(ink: Ink) -> tuple[np.ndarray, np.ndarray]:
@@ -340,9 +339,9 @@ def split_digits(picture: Image.Image, invert: Invert = "auto") -> list[Digit28]
         steps = (*steps, f"{count(num_small, 'small piece')} left out")
     found = []
     for group in groups:
-        digit = cut_out(ink, labels, boxes, group, ())
-        image, width_step = to_mnist(digit.ink)
-        found.append((digit.box, Digit28(image, (*steps, *width_step))))
+        drawn, box = cut_out(ink, labels, boxes, group)
+        image, width_step = to_mnist(drawn)
+        found.append((box, Digit28(image, (*steps, *width_step))))
     return [digit for _, digit in reading_order(found)]
 
 
@@ -365,7 +364,8 @@ def find_blots(labels: np.ndarray, boxes: np.ndarray, amounts: np.ndarray, candi
 
         top, left, bottom, right = boxes[i]
         pixels = np.argwhere(labels[top:bottom, left:right] == i + 1)
-        blots[i] = len(pixels) > 0.7 * ConvexHull(np.concatenate([pixels, pixels + 1])).volume  # in a plane, the area
+        corners = (pixels[:, None] + [(0, 0), (0, 1), (1, 0), (1, 1)]).reshape(-1, 2)
+        blots[i] = len(pixels) > 0.7 * ConvexHull(corners).volume  # in a plane, the area
     return blots
 
 

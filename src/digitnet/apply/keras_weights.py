@@ -63,13 +63,8 @@ def convert(source: Path, target: Path) -> None:
     print(f"{source} -> {target}: {sum(tensor.numel() for tensor in state_dict.values()):,} parameters")
 
 
-def build_keras_model(dropout: float = 0.2, rotation: float = 0.05, shift: float = 0.1) -> Any:
+def build_keras_model() -> Any:
     """Build the write-up's model in real Keras: images (B, 28, 28, 1) in [0, 1] to probabilities (B, 10).
-
-    Args:
-        dropout: rate after each hidden dense layer, in [0, 1).
-        rotation: largest rotation either way, as a fraction of a full turn; in training only.
-        shift: largest shift either way, as a fraction of the image's height and width; in training only.
 
     Raises:
         ValueError: Keras is not installed.
@@ -82,14 +77,14 @@ def build_keras_model(dropout: float = 0.2, rotation: float = 0.05, shift: float
     return keras.Sequential(
         [
             keras.Input((28, 28, 1)),
-            layers.RandomRotation(rotation, fill_mode="nearest"),
-            layers.RandomTranslation(shift, shift, fill_mode="nearest"),
+            layers.RandomRotation(0.05, fill_mode="nearest"),
+            layers.RandomTranslation(0.1, 0.1, fill_mode="nearest"),
             layers.Conv2D(64, 7, **conv), layers.MaxPooling2D(2),
             layers.Conv2D(128, 3, **conv), layers.Conv2D(128, 3, **conv), layers.MaxPooling2D(2),
             layers.Conv2D(256, 3, **conv), layers.Conv2D(256, 3, **conv), layers.MaxPooling2D(2),
             layers.Flatten(),
-            layers.Dense(128, **dense), layers.Dropout(dropout),
-            layers.Dense(64, **dense), layers.Dropout(dropout),
+            layers.Dense(128, **dense), layers.Dropout(0.2),
+            layers.Dense(64, **dense), layers.Dropout(0.2),
             layers.Dense(10, activation="softmax"),
         ]
     )  # fmt: skip

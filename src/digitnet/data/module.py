@@ -125,16 +125,13 @@ class MNISTDataModule(L.LightningDataModule):
                 f"data.split is {list(self.split)} for {num_processes} processes; each needs an image to validate and "
                 "one to test, at least"
             )
-        ends = np.cumsum(self.split)
-        if unknown := set(digits.labels[ends[0] :].tolist()) - set(digits.labels[: ends[0]].tolist()):
+        parts = [np.split(array, np.cumsum(self.split)[:-1]) for array in digits]
+        self.datasets = [DigitDataset(Digits(*part)) for part in zip(*parts, strict=True)]
+        if unknown := set(digits.labels.tolist()) - set(self.datasets[0].labels.tolist()):
             rank_zero_info(
                 f"{self.source}: none of the first {self.split[0]:,} images, which are trained on, is labelled "
                 f"{', '.join(map(str, sorted(unknown)))}; shuffle a file that is sorted, as the split is in order"
             )
-        self.datasets = [
-            DigitDataset(Digits(digits.images[end - size : end], digits.labels[end - size : end]))
-            for size, end in zip(self.split, ends, strict=True)
-        ]
 
     def train_dataloader(self) -> DataLoader[Batch]:
         # Drawn from the seed and the epoch alone, with one process as with many: a resumed run sees the same order.

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from digitnet.classifier import DigitClassifier
-from digitnet.cli import DigitCLI, prepare_process
+from digitnet.cli import DigitCLI, main
 from digitnet.data import MNISTDataModule, find_data
 from digitnet.files import make_writable, tell_command, write_file, write_json
 from digitnet.machine import describe_environment
@@ -130,8 +130,7 @@ def time_fit(config: Path, steps: int, rounds: int, turns: Turns, folder: str) -
     flags += ["--trainer.max_steps=-1", "--trainer.max_time=null", "--trainer.overfit_batches=0.0"]
     flags += ["--trainer.check_val_every_n_epoch=1", "--trainer.val_check_interval=1.0", "--trainer.fast_dev_run=false"]
     flags += ["--early_stopping.stopping_threshold=null", "--early_stopping.divergence_threshold=null"]
-    prepare_process()
-    return TimedCLI(["fit", "--config", str(config), *flags])
+    return main(["fit", "--config", str(config), *flags], TimedCLI)
 
 
 def count_val_batches(steps: int, batch_size: int) -> int:
@@ -195,12 +194,8 @@ class Turns(Callback):
 
     def _stop_keras(self) -> None:
         if self.keras:
-            self.keras.kill()
-            self.keras.wait()
-            for pipe in (self.keras.stdin, self.keras.stdout):
-                if pipe:
-                    with contextlib.suppress(BrokenPipeError):  # what it had not read yet
-                        pipe.close()
+            with contextlib.suppress(BrokenPipeError), self.keras:  # which closes its pipes; some may be unread
+                self.keras.kill()
 
     def _end_epoch(self) -> None:
         if self.start is not None:

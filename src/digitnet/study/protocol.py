@@ -253,8 +253,7 @@ def judge(net: Network, images: Tensor, labels: Tensor) -> tuple[list[int], list
         Two lists of positions among the images, and the cross-entropy (N,) of the images alone.
     """
     net = net.to(memory_format=torch.channels_last)
-    device = next(net.parameters()).device
-    logits = [run_in_batches(net, shift(images, down, right), device) for down, right in SHIFTS]
+    logits = [run_in_batches(net, shift(images, down, right)) for down, right in SHIFTS]
     guesses = (logits[0].argmax(dim=1), torch.stack(logits).softmax(dim=2).mean(dim=0).argmax(dim=1))
     plain, averaged = ((guess != labels).nonzero()[:, 0].tolist() for guess in guesses)
     return plain, averaged, F.cross_entropy(logits[0], labels, reduction="none")

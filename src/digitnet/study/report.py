@@ -309,8 +309,7 @@ def build_report(
         best = _find_best_epoch(history, _find_monitored(config))
         drawn["history"] = figures.draw_history(history, best)
     charts = {name: figures.render(figure) for name, figure in drawn.items()}
-    wrong = np.flatnonzero(~results.correct)
-    wrong = wrong[np.argsort(-confidences[wrong], kind="stable")]
+    wrong = tallies.find_mistakes(labels, predictions, confidences)
     unsure = np.argsort(confidences, kind="stable")[:NUM_LEAST_SURE]
     page = render_page(
         "report.html",
@@ -454,9 +453,7 @@ def _tell_known_wrong(results: Results, wrong: Array, seen: dict[int, int | None
 
 def _describe_confusions(labels: Array, predictions: Array) -> str:
     counts = tallies.count_confusions(labels, predictions)
-    np.fill_diagonal(counts, 0)
-    commonest = np.argsort(-counts, axis=None, kind="stable")[:3]
-    told = [f"{k // 10} read as {k % 10}: {counts.flat[k]:,}" for k in commonest.tolist() if counts.flat[k]]
+    told = [f"{pair[0]} read as {pair[1]}: {counts[pair]:,}" for pair in tallies.rank_confusions(counts)[:3]]
     return f"Confusion matrix of {len(labels):,} images. " + (
         f"The commonest confusions are {'; '.join(told)}." if told else "No confusions."
     )
@@ -464,16 +461,15 @@ def _describe_confusions(labels: Array, predictions: Array) -> str:
 
 def _tell_pair(results: Results, *, is_mnist: bool) -> dict[str, str] | None:
     counts = tallies.count_confusions(results.labels, results.predictions)
-    pair = tallies.find_confused_pair(counts)
-    if pair is None:
+    pairs = tallies.rank_confusions(counts)
+    if not pairs:
         return None
-    actual, predicted = pair
+    actual, predicted = pairs[0]
     text = (
         f"Most often it read {actual} as {predicted}: {counts[actual, predicted]:,} of {counts[actual].sum():,} images "
         f"of {actual}. The other way round: {counts[predicted, actual]:,}."
     )
-    others = counts - np.diag(counts.diagonal())
-    if ties := int((others == others[pair]).sum()) - 1:
+    if ties := sum(counts[pair] == counts[pairs[0]] for pair in pairs[1:]):
         text += f" {figures.format_count(ties, 'other pair')} of digits {'was' if ties == 1 else 'were'} as common."
     if is_mnist:
         text += (

@@ -67,7 +67,7 @@ def robustness(
     for name in ("clean", *CORRUPTIONS):
         spoiled = images if name == "clean" else corrupt(images, name, seed)
         examples[name] = spoiled[:NUM_SHOWN]
-        logits = run_in_batches(net, torch.from_numpy(spoiled)[:, None], torch.device("cpu"))
+        logits = run_in_batches(net, torch.from_numpy(spoiled)[:, None])
         predictions = logits.argmax(dim=1)
         accuracies[name] = int((predictions == labels).sum()) / len(labels)
         print(f"{name:<14}{accuracies[name]:8.2%}", flush=True)
