@@ -21,7 +21,7 @@ from torch import Tensor
 from digitnet.checkpoints import load_net
 from digitnet.data import fetch_digits
 from digitnet.model import run_in_batches
-from digitnet.study.report import CLASSIC_TEST_START
+from digitnet.study.published import CLASSIC_TEST_START
 
 LAST = 5_000  # the write-up's test images are those from here on
 

@@ -15,17 +15,21 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 
+from digitnet.canvas import draw_blocks
 from digitnet.checkpoints import load_net
 from digitnet.data import fetch_digits
-from digitnet.figures import draw_verdicts, render
+from digitnet.figures import render
 from digitnet.files import write_file
 from digitnet.model import run_in_batches
-from digitnet.study.report import CLASSIC_TEST_START, KNOWN_WRONG
+from digitnet.study.published import CLASSIC_TEST_START, KNOWN_WRONG
 
 VERDICTS = ("wrong label", "no digit", "ambiguous", "ours to fix", "not looked at yet")
 
@@ -90,6 +94,24 @@ def main() -> None:
     )
     write_file(args.table.with_suffix(".png"), render(figure))
     print(table["verdict"].value_counts().to_string())
+
+
+def draw_verdicts(
+    images: np.ndarray, captions: Sequence[str], verdicts: Sequence[str], title: str, note: str
+) -> Figure:
+    """Images sorted by what somebody who looked at them said: a block for each verdict, in the order they first come.
+
+    Args:
+        images: (N, 28, 28).
+        captions: N, below each image; short, such as "4 / 9".
+        verdicts: N.
+        title: of the figure.
+        note: below it.
+    """
+    kinds = list(dict.fromkeys(verdicts))
+    picks = {kind: np.flatnonzero(np.array(verdicts) == kind) for kind in kinds}
+    blocks = [(f"{kind}: {len(picks[kind])}", picks[kind], True) for kind in kinds]
+    return draw_blocks(images, captions, blocks, title, columns=10, note=note)
 
 
 def read_verdicts(path: Path) -> dict[int, str]:

@@ -16,7 +16,9 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
+from remaining_mistakes import draw_verdicts
 from torchmetrics.classification import BinaryCalibrationError
+from tradeoff import draw_tradeoff
 
 from digitnet import figures, tallies
 from digitnet.canvas import VERMILION
@@ -219,14 +221,14 @@ TRADEOFF = {"ours": [(30.0, 40.0, 3.0), (60.0, 30.0, 0.0), (500.0, 25.0, 2.0)], 
 
 
 def test_verdicts_keep_each_image_with_its_caption_and_verdict() -> None:
-    figure = figures.draw_verdicts(IMAGES[:4], ["a", "b", "c", "d"], ["x", "y", "x", "x"], "Title", "")
+    figure = draw_verdicts(IMAGES[:4], ["a", "b", "c", "d"], ["x", "y", "x", "x"], "Title", "")
     drawn = [image.get_array() for image in figure.axes[0].images]
     np.testing.assert_array_equal(drawn, IMAGES[[0, 2, 3, 1]])
     assert texts(figure) == ["x: 3", "a", "c", "d", "y: 1", "b"]
 
 
 def test_tradeoff_draws_each_point_and_record() -> None:
-    figure = figures.draw_tradeoff(TRADEOFF, {"a record": 26}, "Title", "mistakes in 10,000")
+    figure = draw_tradeoff(TRADEOFF, {"a record": 26}, "Title", "mistakes in 10,000")
     axes = figure.axes[0]
     ours, theirs = (each for each in axes.containers if isinstance(each, ErrorbarContainer))
     assert ours.get_label() == "ours"
@@ -241,7 +243,7 @@ def test_tradeoff_draws_each_point_and_record() -> None:
 def test_more_curves_than_can_be_told_apart_are_refused() -> None:
     curves = {str(number): [(1.0, 2.0, 0.0)] for number in range(5)}
     with pytest.raises(ValueError, match="there are 5 curves; up to 4 can be told apart"):
-        figures.draw_tradeoff(curves, {}, "Title", "unit")
+        draw_tradeoff(curves, {}, "Title", "unit")
 
 
 # --- how it looks -----------------------------------------------------------------------------------------------------
@@ -264,10 +266,10 @@ EVERY_FIGURE: dict[str, Callable[[], Figure]] = {
     "least sure": lambda: figures.draw_least_sure(IMAGES, LABELS, predict_with(200), CONFIDENCES),
     "class scores": lambda: figures.draw_class_scores(*RNG.uniform(0.99, 1, (3, 10))),
     "perfect class scores": lambda: figures.draw_class_scores(*np.ones((3, 10))),
-    "verdicts": lambda: figures.draw_verdicts(
+    "verdicts": lambda: draw_verdicts(
         IMAGES[:25], ["4 / 9"] * 25, ["wrong label"] * 3 + ["ambiguous"] * 11 + ["ours to fix"] * 11, "Title", "A note."
     ),
-    "tradeoff": lambda: figures.draw_tradeoff(TRADEOFF, {"a record": 26, "another, far above it": 60}, "Title", "unit"),
+    "tradeoff": lambda: draw_tradeoff(TRADEOFF, {"a record": 26, "another, far above it": 60}, "Title", "unit"),
     "reliability": lambda: figures.draw_reliability(CONFIDENCES, np.equal(LABELS, predict_with(90))),
 }
 

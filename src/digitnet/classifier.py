@@ -112,49 +112,9 @@ class DigitClassifier(L.LightningModule):
             self.metrics[f"{stage}/loss"] = MeanLoss(nan_strategy="disable")  # or it would hide a NaN loss
             self.metrics[f"{stage}/acc"] = MulticlassAccuracy(num_classes=10, average="micro")
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """A copy with weights of its own, as AverageWeights makes; what it is trained with is shared.
-
-        The command line's optimizer hangs on to the whole Trainer, which holds locks where it started processes.
-        """
-        for part in (self.optimizer, self.lr_scheduler, self.selection, self.teacher):
-            memo[id(part)] = part
-        duplicate = type(self).__new__(type(self))
-        memo[id(self)] = duplicate
-        vars(duplicate).update(deepcopy(self.__getstate__(), memo))
-        return duplicate
-
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, 10) of images (B, 1, 28, 28), uint8 in [0, 255] or float in [0, 1]; see Committee for columns."""
         return self.net(images)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.selection is not None:
-            checkpoint["selection"] = self.selection.state_dict()
-        if "callbacks" not in checkpoint and self._trainer is not None:  # weights only: Lightning leaves callbacks out
-            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, WeightAveraging):
-                    callback.on_save_checkpoint(self.trainer, self, checkpoint)
-                    for key in ("current_model_state", "averaging_state"):  # for going on with training
-                        checkpoint.pop(key, None)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.selection is not None and "selection" in checkpoint:
-            self.selection.load_state_dict(checkpoint["selection"])
-        is_scored = self._trainer is None or not self.trainer.training
-        if is_scored and not is_of_architecture(checkpoint, self.net):
-            self.net = make_net(checkpoint)  # what is scored is what the file holds, whatever the settings say
-            self._choose_memory_format()
-
-    def setup(self, stage: str) -> None:
-        self._choose_memory_format()
-
-    def _choose_memory_format(self) -> None:
-        channels_last = self.channels_last
-        if channels_last is None:
-            device = self.device if self._trainer is None else self.trainer.strategy.root_device
-            channels_last = device.type in ("cpu", "cuda")
-        self.net.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, labels = batch if self.selection is None else self.selection(*batch)
@@ -192,6 +152,23 @@ class DigitClassifier(L.LightningModule):
         assert isinstance(metric, Metric)
         return metric
 
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer(self.parameters())
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer)
+        settings: dict[str, Any] = {"scheduler": scheduler, "interval": "epoch"}
+        if isinstance(scheduler, (OneCycleLR, CyclicLR)):
+            settings["interval"] = "step"  # what these two count
+        if isinstance(scheduler, ReduceLROnPlateau):
+            settings["monitor"] = getattr(scheduler, "monitor", "val/loss")  # Lightning's own class has one
+            settings["strict"] = settings["monitor"] not in METRICS  # not every epoch need be validated
+        return {"optimizer": optimizer, "lr_scheduler": settings}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
+        if not isinstance(scheduler, ReduceLROnPlateau):
+            super().lr_scheduler_step(scheduler, metric)
+
     def configure_gradient_clipping(
         self,
         optimizer: Any,
@@ -216,10 +193,6 @@ class DigitClassifier(L.LightningModule):
                 if value is not None and (is_train or self.validated_epoch == self.current_epoch):
                     config.scheduler.step(value)
 
-    def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
-        if not isinstance(scheduler, ReduceLROnPlateau):
-            super().lr_scheduler_step(scheduler, metric)
-
     def on_validation_epoch_end(self) -> None:
         self.validated_epoch = -1 if self.trainer.sanity_checking else self.current_epoch
         self._log_epoch("val")
@@ -231,15 +204,42 @@ class DigitClassifier(L.LightningModule):
         names = (f"{stage}/loss", f"{stage}/acc")
         self.log_dict({name: self.get_metric(name) for name in names}, prog_bar=True)
 
-    def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer(self.parameters())
-        if self.lr_scheduler is None:
-            return optimizer
-        scheduler = self.lr_scheduler(optimizer)
-        settings: dict[str, Any] = {"scheduler": scheduler, "interval": "epoch"}
-        if isinstance(scheduler, (OneCycleLR, CyclicLR)):
-            settings["interval"] = "step"  # what these two count
-        if isinstance(scheduler, ReduceLROnPlateau):
-            settings["monitor"] = getattr(scheduler, "monitor", "val/loss")  # Lightning's own class has one
-            settings["strict"] = settings["monitor"] not in METRICS  # not every epoch need be validated
-        return {"optimizer": optimizer, "lr_scheduler": settings}
+    def setup(self, stage: str) -> None:
+        self._choose_memory_format()
+
+    def _choose_memory_format(self) -> None:
+        channels_last = self.channels_last
+        if channels_last is None:
+            device = self.device if self._trainer is None else self.trainer.strategy.root_device
+            channels_last = device.type in ("cpu", "cuda")
+        self.net.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.selection is not None:
+            checkpoint["selection"] = self.selection.state_dict()
+        if "callbacks" not in checkpoint and self._trainer is not None:  # weights only: Lightning leaves callbacks out
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, WeightAveraging):
+                    callback.on_save_checkpoint(self.trainer, self, checkpoint)
+                    for key in ("current_model_state", "averaging_state"):  # for going on with training
+                        checkpoint.pop(key, None)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.selection is not None and "selection" in checkpoint:
+            self.selection.load_state_dict(checkpoint["selection"])
+        is_scored = self._trainer is None or not self.trainer.training
+        if is_scored and not is_of_architecture(checkpoint, self.net):
+            self.net = make_net(checkpoint)  # what is scored is what the file holds, whatever the settings say
+            self._choose_memory_format()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy with weights of its own, as AverageWeights makes; what it is trained with is shared.
+
+        The command line's optimizer hangs on to the whole Trainer, which holds locks where it started processes.
+        """
+        for part in (self.optimizer, self.lr_scheduler, self.selection, self.teacher):
+            memo[id(part)] = part
+        duplicate = type(self).__new__(type(self))
+        memo[id(self)] = duplicate
+        vars(duplicate).update(deepcopy(self.__getstate__(), memo))
+        return duplicate

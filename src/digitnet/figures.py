@@ -8,7 +8,7 @@ are (N,) integers in [0, 9]; confidences are (N,), the probability of the predic
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import matplotlib
@@ -303,22 +303,6 @@ def draw_confused_pair(images: Array, labels: Array, predictions: Array, confide
     )
 
 
-def draw_verdicts(images: Array, captions: Sequence[str], verdicts: Sequence[str], title: str, note: str) -> Figure:
-    """Images sorted by what somebody who looked at them said: a block for each verdict, in the order they first come.
-
-    Args:
-        images: (N, 28, 28).
-        captions: N, below each image; short, such as "4 / 9".
-        verdicts: N.
-        title: of the figure.
-        note: below it.
-    """
-    kinds = list(dict.fromkeys(verdicts))
-    picks = {kind: np.flatnonzero(np.array(verdicts) == kind) for kind in kinds}
-    blocks = [(f"{kind}: {len(picks[kind])}", picks[kind], True) for kind in kinds]
-    return draw_blocks(images, captions, blocks, title, columns=10, note=note)
-
-
 def draw_least_sure(images: Array, labels: Array, predictions: Array, confidences: Array, limit: int = 24) -> Figure:
     """The images of lowest confidence, the least sure first, titled as mistakes are; orange where wrong."""
     shown = np.argsort(confidences, kind="stable")[:limit]
@@ -440,48 +424,6 @@ def draw_corruptions(examples: Mapping[str, Array]) -> Figure:
         axes.text(left - 0.15, row * pitch + 0.5, text, ha="right", va="center", fontsize=9.5, color=INK)
         for column, image in enumerate(images):
             draw_tile(axes, image, left + column * pitch, row * pitch, frame=True)
-    return figure
-
-
-def draw_tradeoff(
-    curves: Mapping[str, Sequence[tuple[float, float, float]]], records: Mapping[str, float], title: str, unit: str
-) -> Figure:
-    """Mistakes against seconds of training, both on logarithmic scales.
-
-    Args:
-        curves: up to four: name -> points: seconds, mistakes, and the standard deviation of these (0 draws none).
-        records: name -> mistakes of networks whose training time is not known: lines across.
-        title: of the figure.
-        unit: what the mistakes are counted in.
-
-    Raises:
-        ValueError: there are more curves.
-    """
-    looks = (("o", BLUE), ("s", VERMILION), ("^", INK), ("D", GREY))
-    if len(curves) > len(looks):
-        raise ValueError(f"there are {len(curves)} curves; up to {len(looks)} can be told apart")
-    figure = make_figure(WIDTH_IN, 3.9, title)
-    axes = figure.subplots()
-    for (name, points), (marker, color) in zip(curves.items(), looks, strict=False):
-        seconds, mistakes, spread = (np.array(each) for each in zip(*points, strict=True))
-        style: dict[str, Any] = {"marker": marker, "color": color, "linewidth": 1.2, "markersize": 5}
-        axes.errorbar(seconds, mistakes, yerr=np.where(spread > 0, spread, np.nan), label=name, capsize=3, **style)
-    for name, count in records.items():
-        axes.axhline(count, color=GREY, linewidth=0.8, linestyle="--")
-        # At the left: curves fall, so there they are far above the records.
-        axes.text(0.01, count, name, transform=axes.get_yaxis_transform(), fontsize=8, color=GREY, va="bottom")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    for axis, steps in ((axes.xaxis, (1, 2, 5)), (axes.yaxis, (1, 1.5, 2, 3, 4, 5, 7))):
-        low, high = axis.get_view_interval()
-        ticks = [step * 10**power for power in range(5) for step in steps]
-        axis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
-        axis.set_minor_locator(NullLocator())
-        axis.set_major_formatter("{x:,.0f}")
-    axes.set_xlabel("seconds of training")
-    axes.set_ylabel(unit)
-    make_plain(axes)
-    figure.legend(loc="outside lower left", frameon=False, fontsize=9)
     return figure
 
 

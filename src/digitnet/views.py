@@ -25,24 +25,19 @@ def see_all(images: Tensor, training: bool) -> Tensor:
 
 
 def see_closely(images: Tensor, training: bool) -> Tensor:
-    """Enlarged, each of mean 0 and variance 1."""
-    return look_closely(images)
+    """The middle 24.5x24.5 pixels of each image, enlarged to 28x28, of mean 0 and variance 1."""
+    x = F.interpolate(images, size=(32, 32), mode="bilinear")[..., 2:-2, 2:-2]
+    return F.layer_norm(x, x.shape[1:])
 
 
 def see_upright(images: Tensor, training: bool) -> Tensor:
     """Set upright and enlarged, each of mean 0 and variance 1; the slant in training is drawn."""
-    return look_closely(set_upright(images, training))
+    return see_closely(set_upright(images, training), training)
 
 
 def see_near(images: Tensor, training: bool) -> Tensor:
     """Set upright and enlarged further, each of mean 0 and variance 1; how, in training, is drawn."""
     return zoom_in(set_upright(images, training), training)
-
-
-def look_closely(images: Tensor) -> Tensor:
-    """The middle 24.5x24.5 pixels of each image (B, 1, 28, 28), enlarged to 28x28, of mean 0 and variance 1."""
-    x = F.interpolate(images, size=(32, 32), mode="bilinear")[..., 2:-2, 2:-2]
-    return F.layer_norm(x, x.shape[1:])
 
 
 def set_upright(images: Tensor, training: bool) -> Tensor:

@@ -31,7 +31,7 @@ from digitnet.study.ablation import (
     resolve,
     tabulate,
 )
-from digitnet.study.report import load_history
+from digitnet.study.history import load_history
 
 OURS = ROOT / "configs" / "ablations"
 BASE = """\

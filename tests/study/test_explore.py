@@ -13,17 +13,9 @@ from torchvision.transforms import v2
 
 from digitnet.augment import RandomAffine, preview_augmentation
 from digitnet.study.ablation import load_row, resolve
-from digitnet.study.explore import (
-    NUM_DRAWS,
-    SECTIONS,
-    draw_pictures,
-    explore,
-    load_data_module,
-    make_untrained,
-    read_config,
-    show_seen,
-)
-from digitnet.views import look_closely
+from digitnet.study.configs import SECTIONS, load_data_module, make_untrained, read_config
+from digitnet.study.explore import NUM_DRAWS, draw_pictures, explore, show_seen
+from digitnet.views import see_closely
 
 DIGITS = "data:\n  source: digits\n  split: [1297, 250, 250]\n"
 AUGMENTATION = """\
@@ -85,7 +77,7 @@ def test_what_a_network_sees_is_pictured_where_it_is_something_else(
 def test_what_a_network_sees_fills_the_levels() -> None:
     images = torch.from_numpy(ORIGINALS)[:, None]
     seen = show_seen(make_untrained({"model": {"architecture": "residual"}}), None)(images)
-    for image, level in zip(look_closely(images / 255), seen, strict=True):
+    for image, level in zip(see_closely(images / 255, training=True), seen, strict=True):
         assert (level.min(), level.max()) == (0, 1)
         np.testing.assert_allclose(np.corrcoef(image.flatten(), level.flatten()), 1, atol=1e-5)
     assert not show_seen(make_untrained({}), None)(torch.zeros(1, 1, 28, 28, dtype=torch.uint8)).any()

@@ -19,7 +19,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from digitnet.data import load_bundled_digits
 from digitnet.figures import History
-from digitnet.study.report import KNOWN_WRONG, Results, build_report, find_tested_run, load_history, report
+from digitnet.study.history import load_history
+from digitnet.study.published import KNOWN_WRONG
+from digitnet.study.report import Results, build_report, find_tested_run, report
 
 CHARTS = {"history", "confusion", "mistakes", "confused_pair", "class_scores", "reliability", "least_sure"}
 DIGITS = load_bundled_digits()

@@ -39,8 +39,8 @@ from digitnet.errors import nearest_name, to_one_line
 from digitnet.files import make_writable, tell_command, write_file, write_json
 from digitnet.machine import describe_environment
 from digitnet.run_folder import discard_run
-from digitnet.study.explore import read_config
-from digitnet.study.report import load_history
+from digitnet.study.configs import read_config
+from digitnet.study.history import load_history
 
 FIRST_SEED = 42
 MEASURES = {  # key: (what a table calls it, whether more is better)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -12,17 +12,12 @@ from torch import Tensor
 from digitnet import figures
 from digitnet.augment import Augmentation, RandomAffine, preview_augmentation
 from digitnet.data import MNISTDataModule
-from digitnet.errors import nearest_name, to_one_line
 from digitnet.files import make_writable, tell_command, write_file
-from digitnet.imports import limit_imports
-from digitnet.model import ARCHITECTURES, DigitNet, SingleNet
+from digitnet.model import DigitNet, SingleNet
+from digitnet.study.configs import load_data_module, make_untrained, read_config
 from digitnet.study.page import render_page
 
 NUM_DRAWS = 8
-SECTIONS = (  # of a config of fit
-    "seed_everything", "trainer", "model", "data", "early_stopping", "best_checkpoint", "last_checkpoint", "pictures",
-    "calibration", "ckpt_path",
-)  # fmt: skip
 # Source: the write-up's Keras layers, RandomRotation(0.05) and RandomTranslation(0.1, 0.1).
 WRITEUP_PREVIEWS = {  # name: (heading, title of the figure, what to draw)
     "rotation": ("Rotation alone", "Rotation by up to ±18°", RandomAffine(rotation_deg=18.0, shift_frac=0.0)),
@@ -82,64 +77,6 @@ def explore(config: Path | None = None, folder: Path = Path("explore"), seed: in
     )
     write_file(folder / "index.html", page)
     print(f"{folder / 'index.html'}: {len(pictures)} figures of {module.source}, each as PNG and SVG")
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The YAML of a fit config or of a run's config.yaml.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no YAML, or has no keys.
-    """
-    import yaml
-
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such config")
-    try:
-        config = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML: {to_one_line(str(error))}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} is no config: it has no keys such as data or model")
-    return config
-
-
-def load_data_module(config: dict[str, Any]) -> MNISTDataModule:
-    """The data module that a config's ``data`` section describes, built as ``fit`` builds it.
-
-    Raises:
-        ValueError: an unknown key, a wrong type, or an augmentation that cannot be made.
-    """
-    from jsonargparse import ArgumentError, ArgumentParser
-
-    for key in config:
-        if key not in SECTIONS:
-            raise ValueError(f"the config has a key {key!r}, which fit does not know{nearest_name(str(key), SECTIONS)}")
-    limit_imports()
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(MNISTDataModule, "data")
-    try:
-        settings = config.get("data") or {}
-        if not isinstance(settings, dict):
-            raise ValueError(f"{settings!r} where keys such as source and split are expected")
-        module = parser.instantiate(parser.parse_object({"data": settings})).data
-    except (ArgumentError, ValueError) as error:
-        raise ValueError(f"the config's data section: {to_one_line(str(error))}") from error
-    assert isinstance(module, MNISTDataModule)
-    return module
-
-
-def make_untrained(config: dict[str, Any]) -> SingleNet:
-    """A network of the architecture that a config names, ready to be trained.
-
-    Raises:
-        ValueError: there is no such architecture.
-    """
-    section = config.get("model")
-    name = section.get("architecture", "digitnet") if isinstance(section, dict) else "digitnet"
-    if not isinstance(name, str) or name not in ARCHITECTURES:
-        raise ValueError(f"model.architecture is {name}; there are {', '.join(ARCHITECTURES)}")
-    return ARCHITECTURES[name]()
 
 
 def show_seen(net: SingleNet, augmentation: Augmentation | None) -> Augmentation:

@@ -31,7 +31,7 @@ from digitnet.study.ablation import (
     resolve,
     verify_unchanged,
 )
-from digitnet.study.report import KNOWN_WRONG
+from digitnet.study.published import KNOWN_WRONG
 
 SPLIT = (60_000, 5_000, 5_000)  # all training images; the 10,000 test images in two halves, the second the write-up's
 CUTS: dict[str, Callable[[Any], bool]] = {  # the trainer's: with such a value not every epoch is of all images

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,53 +15,20 @@ from digitnet.data import Digits, fetch_digits, verify_mnist
 from digitnet.errors import say_why
 from digitnet.figures import History
 from digitnet.files import shorten, tell_command, write_file
-from digitnet.study.explore import read_config
+from digitnet.study.configs import read_config
+from digitnet.study.history import load_history
 from digitnet.study.page import embed_digit, embed_png, render_page
+from digitnet.study.published import CLASSIC_TEST_START, KNOWN_WRONG, LECUN_TABLE, WRITEUP_ERRORS
 
 MAX_CARDS = 400  # mistakes on the page, about 400 bytes each; a hopeless network makes thousands
 NUM_LEAST_SURE = 24
 
-# Position among the 10,000 classic test images -> what people see (None: no digit), where the label says otherwise.
-# Source: human raters of Northcutt et al. 2021, "Pervasive Label Errors in Test Sets Destabilize Machine Learning
-# Benchmarks" (cleanlab).
-KNOWN_WRONG = {
-    947: 9, 1621: 6, 1901: 4, 2462: 0, 2597: 3, 3558: 0, 5937: 3, 6651: 6, 6783: 6, 9729: 6,
-    2654: None, 3520: None, 9679: None,
-}  # fmt: skip
-CLASSIC_TEST_START = 60_000  # where they begin in mnist_784
-
-# Network, distortions, error in % on the 10,000, source. Source: LeCun, Cortes and Burges, "The MNIST database".
-LECUN_TABLE = [
-    ("LeNet-1", "none", "1.7", "LeCun et al. 1998"),
-    ("LeNet-4", "none", "1.1", "LeCun et al. 1998"),
-    ("LeNet-4 with K-NN instead of last layer", "none", "1.1", "LeCun et al. 1998"),
-    ("LeNet-4 with local learning instead of last layer", "none", "1.1", "LeCun et al. 1998"),
-    ("LeNet-5", "none", "0.95", "LeCun et al. 1998"),
-    ("LeNet-5", "huge", "0.85", "LeCun et al. 1998"),
-    ("LeNet-5", "yes", "0.8", "LeCun et al. 1998"),
-    ("Boosted LeNet-4", "yes", "0.7", "LeCun et al. 1998"),
-    ("Trainable feature extractor + SVMs", "none", "0.83", "Lauer et al. 2007"),
-    ("Trainable feature extractor + SVMs", "elastic", "0.56", "Lauer et al. 2007"),
-    ("Trainable feature extractor + SVMs", "affine", "0.54", "Lauer et al. 2007"),
-    ("Unsupervised sparse features + SVM", "none", "0.59", "Labusch et al. 2008"),
-    ("Convolutional net, cross-entropy", "affine", "0.6", "Simard et al. 2003"),
-    ("Convolutional net, cross-entropy", "elastic", "0.4", "Simard et al. 2003"),
-    ("Large conv. net, random features", "none", "0.89", "Ranzato et al. 2007"),
-    ("Large conv. net, unsupervised features", "none", "0.62", "Ranzato et al. 2007"),
-    ("Large conv. net, unsupervised pretraining", "none", "0.60", "Ranzato et al. 2006"),
-    ("Large conv. net, unsupervised pretraining", "elastic", "0.39", "Ranzato et al. 2006"),
-    ("Large conv. net, unsupervised pretraining", "none", "0.53", "Jarrett et al. 2009"),
-    ("Large/deep conv. net, 1-20-40-60-80-100-120-120-10", "elastic", "0.35", "Ciresan et al. 2011"),
-    ("Committee of 7 conv. nets", "elastic", "0.27 ± 0.02", "Ciresan et al. 2011"),
-    ("Committee of 35 conv. nets", "elastic", "0.23", "Ciresan et al. 2012"),
-]
 OWN_DISTORTIONS = {  # by architecture: what the network's own first step does in training
     "upright": "slant",
     "upright_residual": "slant",
     "zoom": "slant, affine, elastic",
     "zoom_residual": "slant, affine, elastic",
 }
-WRITEUP_ERRORS = 22  # of the last 5,000
 
 
 class Results(NamedTuple):
@@ -213,57 +179,6 @@ def match_predictions(predictions: dict[str, Array], digits: Digits, num_errors:
     if fault:
         raise ValueError(fault)
     return Results(indices, digits.images[indices], labels, predicted, confidences)
-
-
-def load_history(run: Path, monitored: str | None = None) -> History | None:
-    """Loss and accuracy of each epoch from a run's TensorBoard events; None where there are none.
-
-    An epoch that was begun again after a stop counts as it ran last.
-
-    Args:
-        run: its folder.
-        monitored: a field that tells which of several validations of an epoch counts, the best by it; by default the
-            last does.
-    """
-    from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
-
-    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of what a stopped run logged twice
-    events = EventAccumulator(str(run), size_guidance={SCALARS: 0})  # 0: every one
-    events.Reload()
-    there = set(events.Tags()["scalars"])
-    if not {"epoch", "train/loss", "train/acc"} <= there:
-        return None
-
-    def read_tag(tag: str) -> dict[int, float]:
-        """Step -> value, the last that was logged: files of one second are not read in the order they were written."""
-        logged = sorted(events.Scalars(tag), key=lambda event: event.wall_time) if tag in there else []
-        return {event.step: event.value for event in logged}
-
-    epoch_of_step = {step: round(value) for step, value in read_tag("epoch").items()}
-
-    def read(*tags: str) -> dict[int, list[tuple[float, ...]]]:
-        """Epoch -> values of tags that are logged together, each time that they were."""
-        found: dict[int, list[tuple[float, ...]]] = {}
-        series = [read_tag(tag) for tag in tags]
-        for step in sorted(set.intersection(*map(set, series)) & epoch_of_step.keys()):
-            found.setdefault(epoch_of_step[step], []).append(tuple(values[step] for values in series))
-        return found
-
-    train, val = read("train/loss", "train/acc"), read("val/loss", "val/acc")
-    if not train:
-        return None
-    rows = [
-        (epoch + 1, *values[-1], *_find_best(val.get(epoch, [(np.nan, np.nan)]), monitored))
-        for epoch, values in sorted(train.items())
-    ]
-    return History(np.array([row[0] for row in rows]), *np.array(rows, float).T[1:])
-
-
-def _find_best(values: list[tuple[float, ...]], monitored: str | None) -> tuple[float, ...]:
-    """The first best of pairs of loss and accuracy, or the last."""
-    if monitored == "val_loss":
-        return min(values, key=lambda pair: pair[0])
-    return max(values, key=lambda pair: pair[1]) if monitored == "val_acc" else values[-1]
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ from digitnet.data import MNISTDataModule
 from digitnet.files import make_writable, write_file, write_json
 from digitnet.machine import describe_environment
 from digitnet.model import run_in_batches
+from digitnet.study.configs import load_data_module, read_config
 from digitnet.study.corruptions import CORRUPTIONS, corrupt
-from digitnet.study.explore import load_data_module, read_config
 
 NUM_SHOWN = 10  # digits of each kind in the picture
 # Accuracy of a plain CNN on the published files, all 10,000 test images. Source: Mu and Gilmer 2019; of the single
