@@ -28,13 +28,14 @@ import yaml
 from conftest import QUICKSTART, ROOT, SHORT, Run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from digitnet.__main__ import COMMANDS, load_function, run_function
+from digitnet.__main__ import COMMANDS, load_function
 from digitnet.apply.predictor import Predictor
 from digitnet.checkpoints import read_data_settings
 from digitnet.classifier import DigitClassifier
 from digitnet.data import load_bundled_digits
 from digitnet.guards import try_optimizer
 from digitnet.model import ARCHITECTURES
+from digitnet.parsing import run_function
 from digitnet.views import see_near
 
 ONE_CYCLE = (
@@ -599,6 +600,7 @@ WRONG = [
         "best_checkpoint.monitor is null, which is not logged; there are",
     ),
     (["fit", "--trainer.accumulate_grad_batches", "0"], 1, "accumulate_grad_batches is 0; it must be at least 1"),
+    (["fit", "--trainer.val_check_interval", "0"], 1, "val_check_interval is 0; a number of steps is at least 1"),
     (["fit", *ONE_CYCLE, "--trainer.max_epochs", "3"], 1, "for 8 steps, this training has 135; give --model.lr_sch"),
     (["fit", *ONE_CYCLE, "--trainer.max_epochs", "-1"], 1, "this training has inf; give --trainer.max_epochs"),
     (["fit", "--ckpt_path"], 2, "--ckpt_path: expected one argument"),
@@ -759,8 +761,8 @@ def test_a_run_lies_in_one_folder_when_its_place_is_not_written_out(
 
 def test_output_that_nobody_reads_to_its_end_is_no_error() -> None:
     code = (
-        "import sys; from digitnet import __main__ as module; module.load_function = lambda place: print; "
-        "module.run_function = lambda *_: print('a table'); sys.exit(module.main(['explore']))"
+        "import sys; from digitnet import __main__ as module, parsing; module.load_function = lambda place: print; "
+        "parsing.run_function = lambda *_: print('a table'); sys.exit(module.main(['explore']))"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import gc
-import inspect
 import io
 import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
-from itertools import zip_longest
 from typing import Any
 
 import digitnet
-from digitnet.errors import OneLineErrors, nearest_name, to_one_line
+from digitnet.errors import nearest_name, to_one_line
 
 # command: (where it is, what it does). fit, validate and test are Lightning's command line; the other functions become
 # commands by their signature and docstring.
@@ -104,10 +102,12 @@ def run_command(args: list[str]) -> Any:
         return 2
     function = load_function(COMMANDS[command][0])
     if function.__module__ != "digitnet.cli":
+        from digitnet.parsing import run_function  # takes a while that --help need not wait for
+
         return run_function(function, command, args[1:])
     cli = function(args)
     if command in FOLLOW_UPS and cli.trainer.is_global_zero:
-        load_function(FOLLOW_UPS[command])(cli.tested)
+        load_function(FOLLOW_UPS[command])(cli.tested_folder)
     return 0
 
 
@@ -140,57 +140,6 @@ def load_function(place: str) -> Callable[..., Any]:
                 gc.enable()
     function: Callable[..., Any] = getattr(sys.modules[module], name)
     return function
-
-
-def run_function(function: Callable[..., Any], command: str, args: list[str]) -> Any:
-    """Call a function with arguments parsed by its signature; its docstring is the ``--help`` text.
-
-    A list without a default takes all that is typed without a flag, a bool is switched on by its flag alone, and flags
-    may be written with dashes for underscores.
-    """
-    import argparse
-
-    from docstring_parser import parse
-    from jsonargparse import ArgumentParser, DefaultHelpFormatter
-
-    class HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
-        pass
-
-    class Parser(OneLineErrors, ArgumentParser):
-        pass
-
-    summary = (inspect.getdoc(function) or "").partition("\n\nArgs:")[0]
-    parameters = inspect.signature(function).parameters.values()
-    lists: set[str | int] = {
-        one.name for one in parameters if str(one.annotation).startswith("list") and one.default is one.empty
-    }
-    parser = Parser(
-        prog=f"python -m digitnet {command}", description=summary, allow_abbrev=False, formatter_class=HelpFormatter
-    )
-    parser.add_function_arguments(function, as_group=False, as_positional=True, skip=lists)
-    for text in parse(inspect.getdoc(function) or "").params:
-        if text.arg_name in lists:
-            parser.add_argument(text.arg_name, nargs="+", type=str, help=text.description)
-    switches = {f"--{one.name}" for one in parameters if one.annotation == "bool"}
-    end = args.index("--") if lists and "--" in args else len(args)
-    args, rest = args[:end], args[end + 1 :]  # what follows -- has no flags
-    loose: list[str] = []  # what has no flag
-    typed: list[str] = []
-    is_value = False
-    for arg, following in zip_longest(args, args[1:], fillvalue=""):
-        if arg.startswith("--") and not is_value:
-            name, equals, value = arg.partition("=")
-            arg = name.replace("-", "_").replace("__", "--", 1) + equals + value
-            if arg in switches and following not in ("true", "false"):
-                arg += "=true"
-            is_value = "=" not in arg
-            typed.append(arg)
-        else:
-            # argparse would take what stands in one place only.
-            (loose if lists and not is_value else typed).append(arg)
-            is_value = False
-    typed = [*typed, "--", *loose, *rest] if rest else [*loose, *typed]
-    return function(**vars(parser.instantiate(parser.parse_args(typed))))
 
 
 if __name__ == "__main__":

@@ -33,18 +33,18 @@ LOG_DIR = Path("lightning_logs")
 FIT_HINT = "python -m digitnet fit --config configs/final.yaml"
 
 
-def find_newest(filename: str, log_dir: Path = LOG_DIR) -> Path:
+def find_newest(filename: str) -> Path:
     """The most recently written ``<run>/checkpoints/<filename>`` under a log folder, but for a study's finished runs.
 
     Raises:
         FileNotFoundError: when there is none.
     """
     found = [
-        path for path in log_dir.glob(f"**/checkpoints/{filename}") if not (path.parents[1] / "result.json").exists()
+        path for path in LOG_DIR.glob(f"**/checkpoints/{filename}") if not (path.parents[1] / "result.json").exists()
     ]
     if not found:
         raise FileNotFoundError(
-            f"no run has a checkpoints/{filename} under {log_dir}/ yet; train one first: {FIT_HINT}"
+            f"no run has a checkpoints/{filename} under {LOG_DIR}/ yet; train one first: {FIT_HINT}"
         )
     return max(found, key=lambda path: path.stat().st_mtime)
 

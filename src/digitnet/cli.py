@@ -12,12 +12,12 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from jsonargparse import DefaultHelpFormatter
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -55,7 +55,6 @@ from digitnet.checkpoints import (
 from digitnet.classifier import DigitClassifier
 from digitnet.data import MNISTDataModule
 from digitnet.data.sources import NAMES
-from digitnet.errors import OneLineErrors
 from digitnet.files import shorten, tell_command
 from digitnet.guards import (
     FIXED,
@@ -67,6 +66,7 @@ from digitnet.guards import (
 )
 from digitnet.imports import limit_imports
 from digitnet.machine import choose_precision, keep_freed_memory
+from digitnet.parsing import HelpFormatter, OneLineErrors
 from digitnet.pictures import Pictures
 from digitnet.run_folder import claim_folder
 from digitnet.scores import WriteScores
@@ -99,10 +99,6 @@ Data and model settings are those of the checkpoint's run; flags given here come
 Writes metrics.json, predictions.csv and a page with figures, report.html, into the run's report/ folder. Data and model
 settings are those of the checkpoint's run; flags given here come on top.""",
 }
-
-
-class HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """jsonargparse's help, with the lines of the description as they were written."""
 
 
 class DigitParser(OneLineErrors, LightningArgumentParser):
@@ -300,12 +296,8 @@ class DigitCLI(LightningCLI):
             rank_zero_info(f"precision {kwargs['precision']}: {reason} (--trainer.precision overrides)")
         if self.subcommand == "fit":
             config = self.config["fit"]
-            summary = {"seed": config.seed_everything, "precision": kwargs.get("precision", settings.precision)}
-            summary |= {**config.model.as_dict(), **config.data.as_dict()}
-            summary |= {name: config.trainer[name] for name in SUMMARIZED}
-            summary |= {"patience": config.early_stopping.patience, "kept": config.best_checkpoint.monitor}
             own = [one for one in callbacks if not isinstance(one, ProgressBar)]
-            summary |= {type(one).__name__: getattr(one, "decay", True) for one in own}
+            summary = summarize(config, kwargs.get("precision", settings.precision), own)
             config.ckpt_path = None  # config.yaml describes a run, not this call; with it, a new one can be started
             if self.run_dir:
                 config.trainer.logger.init_args.version = None
@@ -320,7 +312,7 @@ class DigitCLI(LightningCLI):
             callbacks.append(PrintEpochs())
         else:
             assert self.checkpoint is not None
-            self.tested = self.run_dir or find_folder(self.checkpoint, "report")
+            self.tested_folder = self.run_dir or find_folder(self.checkpoint, "report")
             callbacks.append(WriteScores(self.checkpoint, self.command))
         plugins = settings.plugins or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), WholeCheckpointIO()]
@@ -399,20 +391,32 @@ class DigitCLI(LightningCLI):
             verify_augmentation(data.augmentation, data.datasets[0].images[:8].to(self.trainer.strategy.root_device))
 
     def validate(self, model: DigitClassifier, **kwargs: Any) -> None:
-        self._tell_of_known_images(self.datamodule.split[0], self.datamodule.split[1])
-        with explain_failures(self.trainer):
-            self.trainer.validate(model, **kwargs, verbose=False, weights_only=True)
+        self._score(self.trainer.validate, 1, model, **kwargs)
 
     def test(self, model: DigitClassifier, **kwargs: Any) -> None:
-        self._tell_of_known_images(sum(self.datamodule.split[:2]), self.datamodule.split[2])
-        with explain_failures(self.trainer):
-            self.trainer.test(model, **kwargs, verbose=False, weights_only=True)
+        self._score(self.trainer.test, 2, model, **kwargs)
 
-    def _tell_of_known_images(self, start: int, num_images: int) -> None:
-        """Say so where some of the images that are scored were trained on."""
-        known = count_trained_on(self.trained_on, self.datamodule.source, start, num_images)
-        if known:
+    def _score(self, run: Callable[..., Any], part: int, model: DigitClassifier, **kwargs: Any) -> None:
+        """Score a part of the split, the second or the third; say so where some of it was trained on."""
+        start, num_images = sum(self.datamodule.split[:part]), self.datamodule.split[part]
+        if known := count_trained_on(self.trained_on, self.datamodule.source, start, num_images):
             rank_zero_info(f"the checkpoint was trained on {known:,} of these {num_images:,} images: it knows them")
+        with explain_failures(self.trainer):
+            run(model, **kwargs, verbose=False, weights_only=True)
+
+
+def summarize(config: Any, precision: Any, callbacks: list[L.Callback]) -> dict[str, Any]:
+    """What TensorBoard's table of runs compares them by: settings of ``fit`` and the user's own callbacks."""
+    return {
+        "seed": config.seed_everything,
+        "precision": precision,
+        **config.model.as_dict(),
+        **config.data.as_dict(),
+        **{name: config.trainer[name] for name in SUMMARIZED},
+        "patience": config.early_stopping.patience,
+        "kept": config.best_checkpoint.monitor,
+        **{type(one).__name__: getattr(one, "decay", True) for one in callbacks},
+    }
 
 
 def hide_noise() -> None:

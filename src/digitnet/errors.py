@@ -4,26 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
-import sys
 from collections.abc import Iterable
-from typing import NoReturn
 
 # What jsonargparse adds to the one line that matters: its bookkeeping of unions, and echoes of whole objects.
 _NOISE = re.compile(
     r"Does not validate against|Subtypes:|Errors:$|Given value type|Given value: (Namespace|NestedArg|.{80})|tip: "
     r"|Expected a <class 'NoneType'>"
 )
-
-
-class OneLineErrors:
-    """Mixin for an argparse-like parser: a wrong flag or config key is told in one line, exit code 2."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        parser = getattr(ex, "subcommand_parser", None) or self
-        flags: Iterable[str] = getattr(parser, "_option_string_actions", {})
-        line = to_one_line(message)
-        print(f"digitnet: error: {line}{suggest_name(line, flags)}", file=sys.stderr)
-        sys.exit(2)
 
 
 def say_why(error: BaseException) -> str:
@@ -43,17 +30,6 @@ def to_one_line(message: str) -> str:
         )
     line = " ".join(line for line in lines if line and not _NOISE.match(line)) or " ".join(message.split())
     return re.sub(r"(?:a )?<class '(?:\w+\.)*(\w+)'>", r"\1", line)
-
-
-def suggest_name(message: str, flags: Iterable[str]) -> str:
-    """``nearest_name`` to the key that a one-line message of argparse or jsonargparse complains of.
-
-    Args:
-        message: the line.
-        flags: the flags there are, such as "--trainer.max_epochs".
-    """
-    match = re.search(r"unrecognized arguments: --([\w.]+)|[Oo]ption '([\w.]+)'", message)
-    return nearest_name(match[1] or match[2], [flag.lstrip("-") for flag in flags]) if match else ""
 
 
 def nearest_name(wrong: str, names: Iterable[str]) -> str:

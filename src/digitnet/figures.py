@@ -383,12 +383,12 @@ def draw_reliability(confidences: Array, correct: Array) -> Figure:
     return figure
 
 
-def draw_robustness(accuracies: Mapping[str, float], published: Mapping[str, float | None], title: str) -> Figure:
+def draw_robustness(accuracies: Mapping[str, float], published: Mapping[str, float], title: str) -> Figure:
     """Accuracy under each corruption, beside a published figure where there is one.
 
     Args:
         accuracies: name of the corruption -> accuracy in [0, 1], in the order to draw.
-        published: the same of another network; None where unknown.
+        published: the same of another network, as far as it is known.
         title: of the figure.
     """
     figure = make_figure(WIDTH_IN, 0.9 + 0.27 * len(accuracies), title)
@@ -398,7 +398,7 @@ def draw_robustness(accuracies: Mapping[str, float], published: Mapping[str, flo
     axes.barh(rows, values, color=BLUE, height=0.66, label="this network")
     for row, value in enumerate(values.tolist()):
         axes.text(1.14, row, format_percent(value), ha="right", va="center", fontsize=9.5, color=INK)
-    known = [(value, row) for row, name in enumerate(accuracies) if (value := published.get(name)) is not None]
+    known = [(value, row) for row, name in enumerate(accuracies) if (value := published.get(name))]
     if known:
         x, y = zip(*known, strict=True)
         axes.plot(x, y, "D", color="white", markeredgecolor=VERMILION, markeredgewidth=2, label="plain CNN, published")

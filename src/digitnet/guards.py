@@ -38,10 +38,10 @@ AT_LEAST = {"trainer.check_val_every_n_epoch": 1, "trainer.accumulate_grad_batch
 
 @contextlib.contextmanager
 def explain_failures(trainer: L.Trainer) -> Iterator[None]:
-    """Turn what PyTorch says of a full memory or a dead process, and a callback of its settings, into one line.
+    """Tell in one line when memory is full, another process died, or a callback of Lightning's fails.
 
     Raises:
-        OSError, ValueError: in their place.
+        OSError, ValueError: in place of what PyTorch or Lightning raised.
     """
     try:
         yield
@@ -118,7 +118,7 @@ def verify_settings(config: Any) -> None:
     """Refuse settings of ``fit`` that would train nothing, or make its checkpoints other than they are called.
 
     Args:
-        config: of fit; where a training metric is watched, it is made to be looked at when it is there.
+        config: of fit; where a ``train/`` metric is monitored, its callback is set to look after the epoch.
 
     Raises:
         ValueError: there is one.
@@ -126,6 +126,9 @@ def verify_settings(config: Any) -> None:
     for key, at_least in AT_LEAST.items():
         if (value := config.get(key)) is not None and value < at_least:
             raise ValueError(f"{key} is {value}; it must be at least {at_least}")
+    interval = config.trainer.val_check_interval
+    if isinstance(interval, int) and interval < 1:
+        raise ValueError(f"trainer.val_check_interval is {interval}; a number of steps is at least 1")
     for key, name in (
         ("early_stopping", "check_on_train_epoch_end"),
         ("best_checkpoint", "save_on_train_epoch_end"),

@@ -86,8 +86,8 @@ class Pictures(CollectScores):
     def _draw_validation(self, trainer: L.Trainer) -> None:
         self.drawn_step = trainer.global_step
         step = max(0, trainer.global_step - 1)  # where val/acc is
-        scores, targets = self.gather(trainer)
-        probabilities, labels = scores.softmax(dim=1).numpy(), targets.numpy()
+        gathered, all_labels = self.gather(trainer)
+        probabilities, labels = gathered.softmax(dim=1).numpy(), all_labels.numpy()
         images = find_data(trainer).datasets[1].images[: len(labels), 0].numpy()
         predictions, confidences = probabilities.argmax(axis=1), probabilities.max(axis=1)
         for writer in self._find_writers(trainer):

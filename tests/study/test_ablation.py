@@ -17,8 +17,8 @@ import torch
 from conftest import ROOT
 from filelock import FileLock
 
-from digitnet.__main__ import run_function
 from digitnet.classifier import DigitClassifier
+from digitnet.parsing import run_function
 from digitnet.study import ablation
 from digitnet.study.ablation import (
     Row,

@@ -35,7 +35,7 @@ class Answer(NamedTuple):
     message: str = ""  # what is wrong with the file
 
 
-def answer(
+def read_pictures(
     predictor: Predictor, sources: Iterable[Source], prepared: list[list[Digit28] | str]
 ) -> tuple[list[Answer], list[np.ndarray | None]]:
     """Read prepared pictures; answers, and the 28x28 image that each is about, None where there is none."""

@@ -65,7 +65,7 @@ def predict(
             make_writable(save_preprocessed, "--save-preprocessed")
         is_quiet = len(sources) <= 128 or not sys.stderr.isatty()
         digits = list(tqdm(prepared, total=len(sources), unit="picture", disable=is_quiet))
-    answers, images = formats.answer(predictor, sources, digits)  # now that all cores are free
+    answers, images = formats.read_pictures(predictor, sources, digits)  # now that all cores are free
     if save_preprocessed:
         formats.save_sheets(save_preprocessed, answers, images)
     if json:

@@ -11,7 +11,6 @@ import contextlib
 import copy
 import json
 import math
-import resource
 import subprocess
 import sys
 import tempfile
@@ -80,7 +79,7 @@ def benchmark(
         make_writable(output.parent, "--output")
     with tempfile.TemporaryDirectory() as folder:
         turns = Turns(steps, keras_python, Path(folder))
-        cli = time_fit(config, steps, rounds, turns, folder)
+        cli = time_fit(config, rounds, turns)
     steps = turns.steps  # of a small data set, fewer
     result = {
         "command": tell_command("benchmark", "--config", config.as_posix())
@@ -106,7 +105,7 @@ def benchmark(
         write_file(output.with_suffix(".md"), text.encode())
 
 
-def time_fit(config: Path, steps: int, rounds: int, turns: Turns, folder: str) -> DigitCLI:
+def time_fit(config: Path, rounds: int, turns: Turns) -> DigitCLI:
     """Run the real ``fit`` of a config for ``rounds`` + 1 short epochs, with everything else taking turns."""
 
     class TimedCLI(DigitCLI):
@@ -114,15 +113,15 @@ def time_fit(config: Path, steps: int, rounds: int, turns: Turns, folder: str) -
             trainer = super().instantiate_trainer(**settings)
             if str(trainer.precision) not in PRECISIONS:
                 raise ValueError(f"trainer.precision is {trainer.precision}; benchmark takes {' or '.join(PRECISIONS)}")
-            turns.steps = min(steps, math.ceil(self.datamodule.split[0] / self.datamodule.batch_size))
+            turns.steps = min(turns.steps, math.ceil(self.datamodule.split[0] / self.datamodule.batch_size))
             trainer.limit_val_batches = count_val_batches(turns.steps, self.datamodule.eval_batch_size)
             # First, so that fit's own clock starts after the others had their turns.
             trainer.callbacks.insert(0, turns)  # type: ignore[attr-defined]
             self.stop.advises = False  # there is no run to go on with
             return trainer
 
-    flags = [f"--trainer.max_epochs={rounds + 1}", f"--trainer.limit_train_batches={steps}"]
-    logger = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": folder}}
+    flags = [f"--trainer.max_epochs={rounds + 1}", f"--trainer.limit_train_batches={turns.steps}"]
+    logger = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": str(turns.folder)}}
     flags += [f"--trainer.logger={json.dumps(logger)}", "--trainer.devices=1", "--trainer.enable_model_summary=false"]
     flags += [f"--early_stopping.patience={rounds + 1}", "--pictures.every_n_epochs=0", "--calibration.num_digits=0"]
     flags += ["--model.lr_scheduler=null"]  # it may be made for fewer steps than are timed
@@ -321,6 +320,8 @@ def peak_memory_bytes(device: torch.device) -> int:
     """The most memory used so far: of the GPU, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    import resource  # Windows has none
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -114,21 +114,22 @@ def draw_pictures(module: MNISTDataModule, net: SingleNet | None, seed: int) -> 
         ),
     ]  # fmt: skip
     originals = np.stack([images[np.flatnonzero(labels == digit)[0]] for digit in range(10) if digit in labels])
-    previews: dict[str, tuple[str, str, Augmentation]] = dict(WRITEUP_PREVIEWS)
-    chosen = module.augmentation
-    if chosen is not None and all(repr(chosen) != repr(transform) for *_, transform in previews.values()):
-        previews["augmentation"] = ("The config's own", "The augmentation that the config names", chosen)
+    chosen, ours = module.augmentation, "This is what the config trains with"
+    is_writeups = any(repr(chosen) == repr(transform) for *_, transform in WRITEUP_PREVIEWS.values())
+    other = "" if is_writeups else "The write-up's, to compare: the config does not train with it"
+    previews: list[tuple[str, str, str, Augmentation, str]] = [
+        (name, heading, title, transform, ours if repr(transform) == repr(chosen) else other)
+        for name, (heading, title, transform) in WRITEUP_PREVIEWS.items()
+    ]
+    if chosen is not None and not is_writeups:
+        used = f"{ours}: {' '.join(repr(chosen).split())}"
+        previews.append(("augmentation", "The config's own", "The augmentation that the config names", chosen, used))
     if net is not None and not isinstance(net, DigitNet):
-        previews["seen"] = ("What the network sees", "What the network sees in training", show_seen(net, chosen))
-    for name, (heading, title, transform) in previews.items():
+        used = f"The network's own first step, without parameters{', on augmented images' if chosen else ''}"
+        show = show_seen(net, chosen)
+        previews.append(("seen", "What the network sees", "What the network sees in training", show, used))
+    for name, heading, title, transform, used in previews:
         draws = preview_augmentation(transform, originals, NUM_DRAWS, seed)
-        used = "This is what the config trains with" if repr(transform) == repr(chosen) else ""
-        if name in WRITEUP_PREVIEWS and (chosen is None or "augmentation" in previews):
-            used = "The write-up's, to compare: the config does not train with it"
-        if name == "augmentation":
-            used += f": {' '.join(repr(transform).split())}"
-        if name == "seen":
-            used = f"The network's own first step, without parameters{', on augmented images' if chosen else ''}"
         pictures.append(
             Picture(
                 name,

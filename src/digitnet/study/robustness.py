@@ -89,8 +89,7 @@ def robustness(
     write_file(folder / "robustness.md", render_table(record).encode())
     corrupted = {name: accuracies[name] for name in CORRUPTIONS}
     title = f"{100 * mean:.1f} % right when spoiled, {100 * accuracies['clean']:.2f} % when not"
-    published = find_published(record)
-    chart = figures.draw_robustness(corrupted, {name: published.get(name) for name in CORRUPTIONS}, title)
+    chart = figures.draw_robustness(corrupted, find_published(record), title)
     write_file(folder / "robustness.png", figures.render(chart))
     write_file(folder / "corruptions.png", figures.render(figures.draw_corruptions(examples)))
     print(f"{folder / 'robustness.md'}: the table; robustness.png and corruptions.png beside it")
