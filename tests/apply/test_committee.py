@@ -90,7 +90,8 @@ def test_what_makes_no_committee_is_told_in_one_line(
     torch.save(other, tmp_path / "other.ckpt")
     before = set(tmp_path.rglob("*"))
     for args, line in [
-        (["committee", members[0]], "two checkpoints or more; there is 1"),
+        (["committee", members[0]], f"two checkpoints or more; given: {members[0]}"),
+        (["committee", "nosuch*.ckpt"], "two checkpoints or more; given: nosuch*.ckpt"),
         (["committee", members[0], committee], "all.ckpt is a committee already; give its members"),
         (["committee", members[0], "other.ckpt"], "other.ckpt was trained on"),
         (["committee", members[0], "none.ckpt"], '"none.ckpt": no such file'),

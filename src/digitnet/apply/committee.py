@@ -36,7 +36,7 @@ def committee(checkpoints: list[Path], output: Path = Path("committee.ckpt"), da
     """
     paths = [Path(path) for path in checkpoints]
     if len(paths) < 2:
-        raise ValueError(f"a committee needs two checkpoints or more; there is {len(paths)}")
+        raise ValueError(f"a committee needs two checkpoints or more; given: {', '.join(map(str, paths)) or 'none'}")
     if output.is_dir():
         raise ValueError(f"output is {output}, which is a folder; give a file, such as committee.ckpt")
     files = [path.resolve() for path in paths]
@@ -63,6 +63,8 @@ def committee(checkpoints: list[Path], output: Path = Path("committee.ckpt"), da
     module.setup("validate")
     make_writable(output.parent, "--output")  # not before: what makes no committee leaves no folder
     net = Committee(members)
+    num_images = len(module.datasets[1])
+    print(f"{len(members)} networks: fitting temperature and thresholds on {num_images:,} images", flush=True)
     calibration = fit_calibration(net, module.datasets[0], module.datasets[1], num_digits=0)
     if firsts.has_detector:
         calibration.detector = firsts.detector

@@ -85,6 +85,7 @@ def export(
     source, split, digits = load_test_digits(checkpoint, data_dir)
     make_writable(output.parent, "--output")  # not before: what cannot be exported leaves no folder
     images = torch.from_numpy(digits.images)[:, None]
+    print(f"{shorten(checkpoint)}: run on {len(images):,} test images, and then the file made of it", flush=True)
     expected = run_in_batches(predictor.model.net, images, BATCH_SIZE).numpy()
     with replace_whole(output.with_name(f"{output.name}.json")) as card_part, replace_whole(output) as part:
         write, load = (write_onnx, load_onnx) if format == "onnx" else (write_pt2, load_pt2)
