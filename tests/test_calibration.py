@@ -140,7 +140,9 @@ def test_without_a_calibration_nothing_changes() -> None:
 
 
 @pytest.mark.parametrize("num_digits", [0, 30])
-def test_fit_leaves_a_calibration_in_the_best_checkpoint(digitnet: Run, tmp_path: Path, num_digits: int) -> None:
+def test_fit_leaves_a_calibration_in_the_best_checkpoint(
+    digitnet: Run, tmp_path: Path, num_digits: int, caplog: pytest.LogCaptureFixture
+) -> None:
     own = (
         "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint", "--trainer.callbacks.monitor=val/loss",
         "--trainer.callbacks.filename=mine",
@@ -152,6 +154,8 @@ def test_fit_leaves_a_calibration_in_the_best_checkpoint(digitnet: Run, tmp_path
     calibration = read_calibration(checkpoint, Path("best.ckpt"))
     assert 0.5 <= float(calibration.temperature) <= 10
     assert torch.isfinite(calibration.max_score) == bool(num_digits)
+    assert any("fitting the detector" in line for line in caplog.messages) == bool(num_digits)
+    assert "180 images are few for that: confidences may promise too much" in caplog.messages
 
 
 def test_near_misses_are_pictures_and_some_are_turned_digits() -> None:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from digitnet.checkpoints import verify_checkpoint
 from digitnet.classifier import DigitClassifier
+from digitnet.data import MNISTDataModule
 from digitnet.distillation import Teacher
 from digitnet.model import Committee
 from digitnet.selection import HardExamples
@@ -33,6 +34,15 @@ def test_epoch_metrics_weigh_every_image_alike() -> None:
         logits = model.eval()(images)
     assert metrics["val/loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
     assert metrics["val/acc"] == pytest.approx((logits.argmax(1) == labels).float().mean().item())
+
+
+def test_a_trainer_predicts_the_test_images() -> None:
+    model, data = DigitClassifier(), MNISTDataModule("digits", split=(1297, 250, 250), eval_batch_size=100)
+    answers = L.Trainer(accelerator="cpu", **QUIET).predict(model, data)  # type: ignore[arg-type]
+    assert isinstance(answers, list)
+    with torch.no_grad():
+        expected = model.eval()(data.datasets[2].images)
+    torch.testing.assert_close(torch.cat(answers), expected)  # type: ignore[arg-type]
 
 
 def test_channels_last_changes_the_layout_not_the_result() -> None:

@@ -743,6 +743,14 @@ def test_test_leaves_a_report_to_open(
     assert f"report.html: accuracy {100 * (1 - num_errors / 180):.2f} %" in capsys.readouterr().out
     assert (run / "report" / "report.html").stat().st_size > 100_000
     assert digitnet("validate") == 0  # which leaves the test's report alone
+    before = {path: path.read_bytes() for path in (run / "report").iterdir()}
+    assert len(before) > 3
+    images, labels = load_bundled_digits()
+    np.savez("mine.npz", images=images[:50], labels=labels[:50])
+    assert digitnet("test", "--data.source", "mine.npz", "--data.split", [1, 1, 48]) == 0
+    assert json.loads((run / "report_mine" / "metrics.json").read_text())["num_images"] == 48
+    assert f"{run.relative_to(tmp_path) / 'report_mine' / 'report.html'}: accuracy" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in (run / "report").iterdir()} == before
 
 
 @pytest.mark.parametrize("place", ["~/runs", "$HOME/runs"])

@@ -542,6 +542,11 @@ def save_arff(path: Path, digits: Digits, header: str = "% made up\n@RELATION fe
     return path
 
 
+def quote_last(path: Path) -> Path:
+    path.write_text(re.sub(r",(\d)$", r",'\1'", path.read_text(), flags=re.MULTILINE))
+    return path
+
+
 FORMATS: dict[str, Callable[[Path, Digits], Path]] = {
     "idx": lambda tmp, few: save_idx(tmp / "idx", few),
     "idx.gz": lambda tmp, few: save_idx(tmp / "idx", few, suffix=".gz"),
@@ -553,6 +558,7 @@ FORMATS: dict[str, Callable[[Path, Digits], Path]] = {
     "Keras' npz": lambda tmp, few: save_keras_npz(tmp / "few.npz", few),
     "arff": lambda tmp, few: save_arff(tmp / "few.arff", few),
     "arff.gz": lambda tmp, few: save_arff(tmp / "few.arff.gz", few, data="@data\n"),
+    "arff of quoted classes": lambda tmp, few: quote_last(save_arff(tmp / "few.arff", few)),
 }
 
 
@@ -572,12 +578,16 @@ def test_own_digits_of_dark_ink_or_sorted_by_label_are_told_of(tmp_path: Path, m
         ("plain", images, slice(None)),
         ("dark", 255 - images, slice(None)),
         ("sorted", images, np.argsort(labels, kind="stable")),
+        ("last class alone", images, np.argsort(np.where(labels == 9, 9, 0), kind="stable")),
+        ("sorted, cut in the last class", images, np.argsort(labels, kind="stable")),
     ):
+        split = (1700, 47, 50) if name == "sorted, cut in the last class" else (1297, 250, 250)
         told.clear()
         path = save_npz(tmp_path / f"{name}.npz", images=some[order], labels=labels[order])
-        MNISTDataModule(source=str(path), split=(1297, 250, 250)).setup("fit")
+        MNISTDataModule(source=str(path), split=split).setup("fit")
         assert any("dark ink on bright paper" in line for line in told) == (name == "dark")
         assert any("labelled 8, 9; shuffle" in line for line in told) == (name == "sorted")
+        assert any("sorted by labels; shuffle it" in line for line in told) == name.startswith("sorted, cut")
 
 
 def shorten(path: Path) -> Path:
@@ -653,6 +663,14 @@ BAD_FILES: dict[str, tuple[Callable[[Path, Digits], Path], str]] = {
     ),
     "pixels in [0, 1]": (
         lambda tmp, few: save_npz(tmp / "few.npz", images=few.images / 255, labels=few.labels),
+        "pixels of up to 1; expected levels from 0 to 255: multiply them by 255, and round",
+    ),
+    "pixels that are true or false": (
+        lambda tmp, few: save_npz(tmp / "few.npz", images=few.images > 127, labels=few.labels),
+        "pixels of up to 1; expected levels from 0 to 255",
+    ),
+    "pixels of fractions of a level": (
+        lambda tmp, few: save_npz(tmp / "few.npz", images=few.images / 2, labels=few.labels),
         "pixels that are not whole numbers from 0 to 255",
     ),
     "pixel of 256": (

@@ -100,6 +100,22 @@ def test_sigterm_stops_and_says_how_to_go_on(
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
 
 
+def test_ctrl_c_while_scoring_is_no_failure(
+    digitnet: Run, trained_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    handler = signal.getsignal(signal.SIGINT)
+
+    def stop(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(DigitClassifier, "test_step", stop)
+    try:
+        assert digitnet("test", "--ckpt_path", trained_run / "checkpoints" / "best.ckpt") == 130
+    finally:
+        signal.signal(signal.SIGINT, handler)  # which Lightning leaves switched off
+    assert capsys.readouterr().err.splitlines()[-1] == "digitnet: stopped"
+
+
 def test_sigterm_while_calibrating_says_how_to_make_up_for_it(
     digitnet: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

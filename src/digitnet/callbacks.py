@@ -29,6 +29,8 @@ from digitnet.classifier import DigitClassifier
 from digitnet.data import MNISTDataModule, find_data
 from digitnet.files import shorten, tell_command, write_file
 
+MIN_CALIBRATED = 1_000  # validation images from which on confidences can be relied on
+
 
 class RunCheckpoint(ModelCheckpoint):
     """ModelCheckpoint that still knows its best score when the run's folder has moved or is named in another way.
@@ -195,6 +197,9 @@ class Calibrate(Callback):
         assert isinstance(pl_module, DigitClassifier)
         train, val, _ = data.datasets
         was_training = pl_module.net.training
+        if self.num_digits:
+            told = "fitting the detector of what is no digit, some minutes (calibration.num_digits 0 leaves it out)"
+            rank_zero_info(told)
         calibration = fit_calibration(pl_module.net, train, val, self.num_digits)
         pl_module.net.train(was_training)
         path = Path(best.best_model_path)
@@ -205,6 +210,8 @@ class Calibrate(Callback):
             f"calibrated on {len(val):,} validation images: temperature {calibration.temperature:.3f}, "
             f"uncertain below {calibration.min_confidence:.3f}"
         )
+        if len(val) < MIN_CALIBRATED:
+            rank_zero_info(f"{len(val):,} images are few for that: confidences may promise too much")
 
 
 class Throughput(Callback):

@@ -133,6 +133,10 @@ class DigitClassifier(L.LightningModule):
         images, labels = batch
         return self._score("test", self(images), labels)[1]
 
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Logits (B, 10); for ``Trainer.predict``, which the command line has no need of."""
+        return self(batch[0])
+
     def _score(
         self, stage: str, logits: Tensor, labels: Tensor, targets: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:

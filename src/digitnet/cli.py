@@ -312,8 +312,13 @@ class DigitCLI(LightningCLI):
             callbacks.append(PrintEpochs())
         else:
             assert self.checkpoint is not None
-            self.tested_folder = self.run_dir or find_folder(self.checkpoint, "report")
-            callbacks.append(WriteScores(self.checkpoint, self.command))
+            folder = find_folder(self.checkpoint, "report")
+            source = self.config[self.subcommand].data.source
+            is_own = self.trained_on.get("source", source) == source
+            if not is_own:  # what it made of its own data stays
+                folder = folder.with_name(f"{folder.name}_{Path(source).stem}")
+            self.tested_folder = self.run_dir if self.run_dir and is_own else folder
+            callbacks.append(WriteScores(self.checkpoint, folder, self.command))
         plugins = settings.plugins or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), WholeCheckpointIO()]
         kwargs["enable_progress_bar"] = watched
@@ -401,8 +406,13 @@ class DigitCLI(LightningCLI):
         start, num_images = sum(self.datamodule.split[:part]), self.datamodule.split[part]
         if known := count_trained_on(self.trained_on, self.datamodule.source, start, num_images):
             rank_zero_info(f"the checkpoint was trained on {known:,} of these {num_images:,} images: it knows them")
-        with explain_failures(self.trainer):
-            run(model, **kwargs, verbose=False, weights_only=True)
+        try:
+            with explain_failures(self.trainer):
+                run(model, **kwargs, verbose=False, weights_only=True)
+        except SystemExit as stop:  # how Lightning ends after Ctrl-C
+            if self.trainer.interrupted:
+                raise KeyboardInterrupt from stop
+            raise
 
 
 def summarize(config: Any, precision: Any, callbacks: list[L.Callback]) -> dict[str, Any]:

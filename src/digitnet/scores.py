@@ -12,7 +12,7 @@ import yaml
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from digitnet.checkpoints import count_trained_on, find_folder, find_run, read_data_settings, read_temperature
+from digitnet.checkpoints import count_trained_on, find_run, read_data_settings, read_temperature
 from digitnet.data import find_data
 from digitnet.files import write_file, write_json
 from digitnet.machine import describe_environment
@@ -56,20 +56,21 @@ class CollectScores(Callback):
 
 
 class WriteScores(CollectScores):
-    """Print and keep what ``test`` or ``validate`` found, in the checkpoint's report folder.
+    """Print and keep what ``test`` or ``validate`` found.
 
     ``metrics.json`` and ``predictions.csv``; for ``validate``, both names begin with ``validate_``.
 
     Args:
         checkpoint: the checkpoint scored.
+        report_dir: the folder where it is kept.
         command: what was typed, for the record.
     """
 
-    def __init__(self, checkpoint: Path, command: str) -> None:
+    def __init__(self, checkpoint: Path, report_dir: Path, command: str) -> None:
         super().__init__()
         self.checkpoint = checkpoint
         self.command = command
-        self.report_dir = find_folder(checkpoint, "report")
+        self.report_dir = report_dir
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._write(trainer, "test", prefix="")

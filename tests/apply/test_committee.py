@@ -89,7 +89,7 @@ def test_what_makes_no_committee_is_told_in_one_line(
     other["datamodule_hyper_parameters"] = {"source": "digits", "split": (1297, 250, 250)}
     torch.save(other, tmp_path / "other.ckpt")
     before = set(tmp_path.rglob("*"))
-    for args, line in [
+    attempts: list[tuple[list[Any], str]] = [
         (["committee", members[0]], f"two checkpoints or more; given: {members[0]}"),
         (["committee", "nosuch*.ckpt"], "two checkpoints or more; given: nosuch*.ckpt"),
         (["committee", members[0], committee], "all.ckpt is a committee already; give its members"),
@@ -97,7 +97,8 @@ def test_what_makes_no_committee_is_told_in_one_line(
         (["committee", members[0], "none.ckpt"], '"none.ckpt": no such file'),
         (["committee", *members, "--output", "."], "output is ., which is a folder; give a file"),
         (["fit", "--ckpt_path", committee], "holds weights only"),
-    ]:
+    ]
+    for args, line in attempts:
         capsys.readouterr()
         assert digitnet(*args, *(["--output", "new.ckpt"] if args[0] == "committee" and "." not in args else [])) == 1
         errors = [text for text in capsys.readouterr().err.splitlines() if text.startswith("digitnet: error: ")]
@@ -150,3 +151,11 @@ def test_a_member_is_neither_counted_twice_nor_overwritten(
     assert members[0].read_bytes() == before
     assert digitnet("committee", members[0], members[0]) == 1
     assert f"{members[0]} is given twice; give each member once" in capsys.readouterr().err
+
+
+def test_members_of_one_run_are_told_of(
+    digitnet: Run, trained_run: Path, members: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = [trained_run / "checkpoints" / f"{name}.ckpt" for name in ("best", "last")]
+    assert digitnet("committee", *both, members[1], "--output", "of_run.ckpt") == 0
+    assert capsys.readouterr().out.count("such err alike, and gain little") == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import struct
 import tracemalloc
 import zlib
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from drawings import STROKES, render
 from PIL import Image, ImageDraw, ImageOps
 from scipy import ndimage
@@ -19,7 +21,7 @@ from digitnet.apply.imaging import Digit28, digit_groups, normalize, split_digit
 from digitnet.apply.ink import Invert
 from digitnet.apply.opening import SHEET_SIDE, open_picture, shrink
 from digitnet.apply.sheet import add_margin
-from digitnet.data import Digits
+from digitnet.data import Digits, fetch_digits, load_bundled_digits
 
 
 def page(
@@ -453,11 +455,55 @@ def test_a_rising_line_is_read_from_left_to_right(digits: np.ndarray) -> None:
         assert apart(part.image, found(Image.fromarray(255 - large(image, scale))).image) < 5
 
 
+@pytest.mark.parametrize("longest", [SHEET_SIDE, SHEET_SIDE + 24, 2 * SHEET_SIDE - 1, 3 * SHEET_SIDE - 1])
+def test_a_slightly_larger_picture_of_a_page_is_read_no_worse(longest: int) -> None:
+    sheet, draw = page((4 * SHEET_SIDE, 4 * SHEET_SIDE))
+    for row in range(10):
+        for column in range(10):
+            left, top = 240 + 560 * column, 240 + 560 * row
+            draw.line([(left, top), (left + 40, top), (left + 15, top + 60)], 0, 9)  # a hundredth of the page high
+    found = split_digits(sheet.resize((longest, longest), Image.Resampling.BOX))
+    assert len(found) == 100
+    assert all(10 <= extent(each.image)[1] <= 16 for each in found)
+
+
+def test_a_jumping_line_is_read_from_left_to_right(digits: np.ndarray) -> None:
+    sheet = np.full((900, 1200), 255, np.uint8)
+    for i, image in enumerate(digits[:5]):
+        for line in range(2):
+            top = 100 + 300 * line + (0, 70, 10, 75, 0)[i]
+            sheet[top : top + 168, 200 * i : 200 * i + 168] = 255 - large(image, 6)
+    parts = split_digits(Image.fromarray(sheet))
+    assert len(parts) == 10
+    for part, image in zip(parts, [*digits[:5], *digits[:5]], strict=True):
+        assert apart(part.image, found(Image.fromarray(255 - large(image, 6))).image) < 5
+
+
 def test_a_fainter_digit_beside_a_bold_one_is_found() -> None:
     sheet = Image.new("L", (400, 200), 255)
     sheet.paste(five(), (0, 0))
     sheet.paste(Image.eval(bar(), lambda level: 150 + level * 105 // 255), (200, 20))
     assert len(split_digits(sheet)) == 2
+
+
+# In other programs
+
+
+def test_readme_makes_an_npz_of_labelled_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    few = load_bundled_digits()
+    for i in range(30):
+        folder = tmp_path / "pictures" / str(few.labels[i])
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(255 - few.images[i]).save(folder / f"{i}.png")
+    Image.new("L", (50, 50), 255).save(folder / "blank.png")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+    made = fetch_digits("mine.npz")
+    assert sorted(zip(made.labels, map(bytes, made.images), strict=True)) == sorted(
+        zip(few.labels[:30], map(bytes, few.images[:30]), strict=True)
+    )
+    assert (np.diff(made.labels.astype(int)) < 0).any()  # shuffled
 
 
 # What else is in a picture

@@ -166,7 +166,9 @@ def test_pictures_of_kinds_that_are_not_read_are_told_of(folder: Path) -> None:
     sources = list(find_pictures([str(folder)]))
     assert "notes.txt" not in {Path(source.name).name for source in sources}
     [source] = [source for source in sources if source.name == str(photo)]
-    assert str(prepare(source, "auto", False)).startswith("not a picture in a known format (PNG, JPEG")
+    told = str(prepare(source, "auto", False))
+    assert told.startswith("not a picture in a known format (PNG, JPEG")
+    assert told.endswith("; save a HEIC, AVIF or PDF as one of these")
 
 
 def test_pictures_in_hidden_folders_are_none(folder: Path) -> None:

@@ -151,6 +151,13 @@ def test_digitnet_to_keras(name: str, checkpoint: Path, images: Tensor, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
+def test_a_runs_own_checkpoint_is_not_replaced(trained_run: Path, model: keras.Model, tmp_path: Path) -> None:
+    save(model, tmp_path / "model.weights.h5")
+    for name in ("best.ckpt", "other.ckpt"):
+        with pytest.raises(ValueError, match="is among a run's own checkpoints; give a file elsewhere"):
+            convert(tmp_path / "model.weights.h5", trained_run / "checkpoints" / name)
+
+
 def test_lightning_scores_a_converted_checkpoint(model: keras.Model, images: Tensor, tmp_path: Path) -> None:
     labels = torch.arange(256) % 10
     model.save_weights(tmp_path / "model.weights.h5")

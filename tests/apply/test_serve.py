@@ -128,6 +128,13 @@ def test_pixels_are_read_as_they_are(client: TestClient, predictor: Predictor) -
     check_answer(response.json(), predictor.read(image[None])[0], image)
 
 
+def test_pixels_are_inverted_when_told_to(client: TestClient, predictor: Predictor) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (28, 28), np.uint8)
+    response = client.post("/predict", params={"invert": "yes"}, json={"pixels": image.tolist()})
+    check_answer(response.json(), predictor.read(255 - image[None])[0], 255 - image)
+    assert response.json()["steps"] == ["inverted"]
+
+
 def test_white_on_black_is_read_like_black_on_white_unless_told_otherwise(client: TestClient) -> None:
     white_on_black = encode(Image.fromarray(255 - np.asarray(render(STROKES[7]))))
     expected = client.post("/predict", content=SEVEN).json()["image"]
@@ -299,6 +306,13 @@ FILE = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.png"\r\
         (FORM, b"--x--\r\n", 400, "no file"),
         (FORM, FILE + SEVEN + b"\r\n" + FILE + SEVEN + b"\r\n--x--\r\n", 400, "Too many files"),
         (FORM, FILE + b"\r\n--x--\r\n", 422, "empty"),
+        (
+            FORM,
+            b'--x\r\nContent-Disposition: form-data; name="invert"\r\n\r\nno\r\n' + FILE + SEVEN + b"\r\n--x--\r\n",
+            422,
+            "the form has invert, which goes into the address",
+        ),
+        (JSON, rows(lambda pixels: [[1] * 28, *pixels[1:]]), 422, "pixels: 0 and 1 alone; give levels from 0 to 255"),
         (JSON, b"{", 422, "Invalid JSON"),
         (JSON, b"[" * 60_000, 422, "Invalid JSON"),
         (JSON, b"7", 422, "Input should be"),

@@ -9,6 +9,7 @@ import asyncio
 import base64
 import io
 import logging
+import multiprocessing
 import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +35,7 @@ import digitnet
 from digitnet.apply.batching import Batcher, Budget, BusyError
 from digitnet.apply.imaging import Digit28, normalize
 from digitnet.apply.ink import MIN_CONTRAST, Invert
+from digitnet.apply.inputs import leave_with_parent
 from digitnet.apply.opening import open_picture
 from digitnet.apply.predictor import Predictor, Reading
 from digitnet.cores import count_cores
@@ -131,6 +133,8 @@ def create_app(predictor: Predictor | None = None) -> FastAPI:
             or else of the newest run's best. With it, any ASGI server can start any number of processes:
             ``uvicorn --factory digitnet.apply.api:create_app --workers 4``.
     """
+    if multiprocessing.parent_process() is not None:  # one of several that a supervisor started
+        leave_with_parent()
     if predictor is None:
         path = os.environ.get("DIGITNET_CKPT_PATH")
         predictor = Predictor.load(Path(path) if path else None)
@@ -171,7 +175,7 @@ def create_app(predictor: Predictor | None = None) -> FastAPI:
                 body = await receive_body(request, MAX_JSON_BYTES if kind == JSON else MAX_BYTES, take_bytes)
                 prepare: Callable[[], Digit28 | None]
                 if kind == JSON:
-                    prepare = partial(parse_pixels, body)
+                    prepare = partial(parse_pixels, body, options.invert)
                 else:
                     prepare = partial(parse_picture, await find_picture(request, kind, body), options.invert)
                 take_places(1)  # only now: who sends slowly keeps nobody from being read
@@ -253,6 +257,8 @@ async def find_picture(request: Request, kind: str, body: bytes) -> bytes:
     try:
         async with Request(request.scope, replay).form(max_files=1, max_fields=8) as form:
             files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
+            if option := next((name for name, _ in form.multi_items() if name in Options.model_fields), None):
+                raise HTTPException(422, f"the form has {option}, which goes into the address: /predict?{option}=...")
             if len(files) != 1:
                 raise HTTPException(400, "the form has no file; send one, for example with curl -F file=@digit.png")
             return await files[0].read()
@@ -273,8 +279,8 @@ def parse_picture(picture: bytes, invert: Invert) -> Digit28 | None:
         raise HTTPException(413 if reason.startswith("too large") else 422, reason) from error
 
 
-def parse_pixels(body: bytes) -> Digit28 | None:
-    """The image in a JSON body; None where all of it is of one level, or nearly.
+def parse_pixels(body: bytes, invert: Invert) -> Digit28 | None:
+    """The image in a JSON body, inverted if told to; None where all of it is of one level, or nearly.
 
     Raises:
         HTTPException: 422 for anything but 28 x 28 grey levels.
@@ -284,7 +290,11 @@ def parse_pixels(body: bytes) -> Digit28 | None:
     except ValidationError as error:
         raise HTTPException(422, first_problem(error.errors())) from None
     image = np.array(pixels, np.uint8)
-    return Digit28(image, ("used as given",)) if np.ptp(image) >= MIN_CONTRAST else None
+    if image.max() == 1:
+        raise HTTPException(422, "pixels: 0 and 1 alone; give levels from 0 to 255")
+    if np.ptp(image) < MIN_CONTRAST:
+        return None
+    return Digit28(255 - image, ("inverted",)) if invert == "yes" else Digit28(image, ("used as given",))
 
 
 def describe(digit: Digit28 | None, reading: Reading | None) -> Answer:

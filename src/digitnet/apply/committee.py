@@ -9,7 +9,7 @@ import torch
 
 from digitnet.calibrate import fit_calibration, fit_max_score
 from digitnet.calibration import read_calibration
-from digitnet.checkpoints import load_net, read_data_settings, save_weights
+from digitnet.checkpoints import find_run, load_net, read_data_settings, save_weights
 from digitnet.data import MNISTDataModule
 from digitnet.files import make_writable
 from digitnet.model import Committee, SingleNet
@@ -45,6 +45,10 @@ def committee(checkpoints: list[Path], output: Path = Path("committee.ckpt"), da
             raise ValueError(f"{path} is given twice; give each member once")
         if file == output.resolve():
             raise ValueError(f"output is {output}, which is a member; give another file: --output FILE.ckpt")
+    runs = [find_run(path) for path in paths]
+    for path, run in zip(paths, runs, strict=True):
+        if run and runs.count(run) > 1:
+            print(f"{path}: not the only one of {run}; such err alike, and gain little", flush=True)
     loaded = [load_net(path) for path in paths]
     first = loaded[0][1]
     known = read_data_settings(first)

@@ -12,6 +12,7 @@ scikit-image would be a further dependency for functions that are one line of th
 from __future__ import annotations
 
 import math
+import statistics
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +34,7 @@ MAX_PIECES = 4_000  # of ink are looked at, the largest; a sheet has room for so
 TOLD_OF_MANY = f"only the {MAX_PIECES:,} largest pieces looked at"
 NUM_CELLS, NUM_SMALL_CELLS = 3, 12  # pieces that a frame encloses, and no digit does
 BLOT = 20  # times the ink of a usual piece
+JUMP = 0.7  # of the digits' height: two lines lie further apart
 GAP = 0.15  # of the digit: strokes of one digit are not further apart
 FINE = 4  # strokes are measured and changed at this many times MNIST's resolution
 STROKE_RANGE = (2.1, 4.4)  # pixels of 28; thinner is thickened to the first, thicker thinned to the second
@@ -312,6 +314,10 @@ def split_digits(picture: Image.Image, invert: Invert = "auto") -> list[Digit28]
         The digits; none on a blank sheet.
     """
     flat, sheet_steps = cut_to_sheet(flatten(picture))
+    if max(flat.size) > SHEET_SIDE:  # not by a whole factor, which could halve what little there is of small digits
+        scale = SHEET_SIDE / max(flat.size)
+        size = (max(1, round(flat.width * scale)), max(1, round(flat.height * scale)))
+        flat = flat.resize(size, Image.Resampling.BOX)
     ink = find_ink(to_side(flat, SHEET_SIDE)[0], invert)
     if ink is None:
         return []
@@ -415,7 +421,11 @@ def digit_groups(boxes: np.ndarray, whole: np.ndarray) -> tuple[list[np.ndarray]
 
 
 def reading_order(found: list[tuple[Box, Digit28]]) -> list[tuple[Box, Digit28]]:
-    """Line by line, from left to right; a line goes on with what overlaps its last digit by half the smaller height."""
+    """Line by line, from left to right.
+
+    A line goes on with what overlaps its last digit by half the smaller height. Two lines are one that jumps where none
+    of it lies above or below another part, and their middles are as near as no two lines' are.
+    """
     lines: list[list[tuple[Box, Digit28]]] = []
     for one in sorted(found, key=lambda one: one[0][1].start):
         overlaps = [overlap(line[-1][0][0], one[0][0]) for line in lines]
@@ -423,8 +433,21 @@ def reading_order(found: list[tuple[Box, Digit28]]) -> list[tuple[Box, Digit28]]
             lines[int(np.argmax(overlaps))].append(one)
         else:
             lines.append([one])
-    lines.sort(key=lambda line: float(np.mean([rows.start + rows.stop for (rows, _), _ in line])))
-    return [one for line in lines for one in line]
+
+    def middle(line: list[tuple[Box, Digit28]]) -> float:
+        return statistics.fmean((rows.start + rows.stop) / 2 for (rows, _), _ in line)
+
+    lines.sort(key=middle)
+    usual = statistics.median([rows.stop - rows.start for (rows, _), _ in found] or [0])
+    whole: list[list[tuple[Box, Digit28]]] = []
+    for line in lines:
+        before = whole[-1] if whole else []
+        is_near = bool(before) and middle(line) - middle(before) < JUMP * usual
+        if is_near and not any(overlap(one[0][1], other[0][1]) > 0 for one in line for other in before):
+            whole[-1] = sorted(before + line, key=lambda one: one[0][1].start)
+        else:
+            whole.append(line)
+    return [one for line in whole for one in line]
 
 
 def overlap(a: slice, b: slice) -> float:

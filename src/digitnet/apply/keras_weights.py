@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from digitnet.checkpoints import load_net, save_weights
+from digitnet.checkpoints import find_run, load_net, save_weights
 from digitnet.errors import say_why
 from digitnet.files import replace_whole
 from digitnet.model import DigitNet
@@ -51,6 +51,8 @@ def convert(source: Path, target: Path) -> None:
     """
     if source.suffix == target.suffix == ".ckpt":
         raise ValueError(f"{source} and {target} are both checkpoints; one of the two must be a Keras file")
+    if find_run(target):
+        raise ValueError(f"{target} is among a run's own checkpoints; give a file elsewhere")
     if not target.parent.is_dir():
         raise FileNotFoundError(f"cannot write {target}: there is no folder {target.parent}")
     state_dict = load_checkpoint(source) if source.suffix == ".ckpt" else load_keras_weights(source)

@@ -45,7 +45,8 @@ def open_picture(source: Path | BinaryIO | bytes) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"too large: {str(error).split(',')[0].lower()}; the limit is {MAX_PIXELS:,}") from error
     except Exception as error:  # a broken header can fail in any way
-        raise ValueError(f"not a picture in a known format ({', '.join(FORMATS)})") from error
+        hint = "; save a HEIC, AVIF or PDF as one of these" if data[4:8] == b"ftyp" or data[:4] == b"%PDF" else ""
+        raise ValueError(f"not a picture in a known format ({', '.join(FORMATS)}){hint}") from error
     width, height = picture.size
     if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
         raise ValueError(

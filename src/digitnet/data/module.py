@@ -132,6 +132,8 @@ class MNISTDataModule(L.LightningDataModule):
                 f"{self.source}: none of the first {self.split[0]:,} images, which are trained on, is labelled "
                 f"{', '.join(map(str, sorted(unknown)))}; shuffle a file that is sorted, as the split is in order"
             )
+        elif (digits.labels[1:] >= digits.labels[:-1]).all():
+            rank_zero_info(f"{self.source}: sorted by labels; shuffle it, as the split is in order")
 
     def train_dataloader(self) -> DataLoader[Batch]:
         # Drawn from the seed and the epoch alone, with one process as with many: a resumed run sees the same order.
@@ -145,6 +147,9 @@ class MNISTDataModule(L.LightningDataModule):
 
     def test_dataloader(self) -> DataLoader[Batch]:
         return self._eval_dataloader(self.datasets[2])
+
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        return self.test_dataloader()
 
     def _eval_dataloader(self, dataset: DigitDataset) -> DataLoader[Batch]:
         # Each image once, in order. PyTorch's sampler would fill the last processes up with images scored before.
@@ -161,7 +166,7 @@ class MNISTDataModule(L.LightningDataModule):
             dataset = dataset.to(self.trainer.strategy.root_device)
         # A generator of its own, or making an iterator would draw from the one that augmentation and dropout use.
         generator = torch.Generator().manual_seed(0)
-        return DataLoader(dataset, batch_size, sampler=sampler, collate_fn=keep_batch, generator=generator)
+        return DataLoader(dataset, batch_size=batch_size, sampler=sampler, collate_fn=keep_batch, generator=generator)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Augment a training batch where it is now: on the device. Validation and test batches pass untouched."""

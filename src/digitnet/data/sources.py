@@ -201,7 +201,9 @@ def load_file(path: str | Path) -> Digits:
     elif path.name.endswith((".arff", ".arff.gz")):
         read = _read_arff
     else:
-        raise ValueError(f"{path} is neither a folder of IDX files nor an .npz, .arff or .arff.gz")
+        raise ValueError(
+            f"{path} is neither a folder of IDX files nor an .npz, .arff or .arff.gz; README.md makes an .npz"
+        )
     try:
         digits = _check_digits(*read(path))
     except Exception as error:  # a damaged file can fail in any way
@@ -223,6 +225,8 @@ def _check_digits(images: np.ndarray, labels: np.ndarray) -> Digits:
         raise ValueError(f"it holds images of shape {images.shape}; expected (N, 28, 28) or (N, 784)")
     if labels.shape != (len(images),):
         raise ValueError(f"it holds {len(images):,} images but labels of shape {labels.shape}; expected one for each")
+    if images.dtype.kind in "bf" and images.any() and images.min() >= 0 and images.max() <= 1:
+        raise ValueError("it holds pixels of up to 1; expected levels from 0 to 255: multiply them by 255, and round")
     for name, array, top in (("pixels", images, 255), ("labels", labels, 9)):
         if array.dtype.kind not in "uif" or not (array.min() >= 0 and array.max() <= top and (array % 1 == 0).all()):
             raise ValueError(f"it holds {name} that are not whole numbers from 0 to {top}")
@@ -244,7 +248,7 @@ def _read_idx(folder: Path, name: str, ndim: int) -> np.ndarray:
     names = [f"{name}{dot}idx{ndim}-ubyte{gz}" for gz in ("", ".gz") for dot in ("-", ".")]  # both spellings are about
     path = next((folder / name for name in names if (folder / name).is_file()), None)
     if path is None:
-        raise ValueError(f"it has no {names[0]}, nor {names[0]}.gz")
+        raise ValueError(f"it has no {names[0]}, nor {names[0]}.gz; of pictures README.md makes an .npz")
     data = path.read_bytes()
     try:
         data = gzip.decompress(data) if path.suffix == ".gz" else data
@@ -283,7 +287,7 @@ def _read_arff(path: Path) -> tuple[np.ndarray, np.ndarray]:
         if any(re.search(r"\{|^@attribute\s+\W?(class|label)\b", line, re.IGNORECASE) for line in attributes[:-1]):
             raise ValueError("its class is not its last attribute; expected 784 pixels, then the class")
         # Not as uint8: some versions of pandas make a 0 of 256.
-        table = pd.read_csv(file, header=None, comment="%", dtype=np.float32).to_numpy()
+        table = pd.read_csv(file, header=None, comment="%", quotechar="'", dtype=np.float32).to_numpy()
     if not ((table >= 0) & (table <= 255) & (table % 1 == 0)).all():
         raise ValueError("it has values that are not whole numbers from 0 to 255")
     table = table.astype(np.uint8)
