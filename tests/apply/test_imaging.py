@@ -787,6 +787,37 @@ def test_split_keeps_a_heading_that_is_larger_than_the_digits_below() -> None:
     assert len(split_digits(picture)) == 8
 
 
+def form(touched: bool) -> Image.Image:
+    """Six cells in a row with a seven in each; the second's, if touched, at its cell's right and upper line."""
+    picture, draw = page((900, 300))
+    draw.rectangle((60, 60, 840, 240), outline=60, width=4)
+    for column in range(6):
+        left, top = 60 + 130 * column, 60
+        draw.line((left, top, left, 240), 60, 4)
+        x, y = (left + 42, top + 6) if touched and column == 1 else (left + 15, top + 30)
+        draw.line([(x, y), (x + 82, y), (x + 35, y + 110)], 0, 14)
+    return picture
+
+
+@pytest.mark.parametrize("angle", [0, 1])
+def test_split_frees_a_digit_that_touches_its_cell(angle: int) -> None:
+    parts = [
+        split_digits(form(touched).rotate(angle, Image.Resampling.BICUBIC, fillcolor=255)) for touched in (False, True)
+    ]
+    assert [len(digits) for digits in parts] == [6, 6]
+    assert "frame dropped" not in parts[0][0].steps
+    assert "frame dropped" in parts[1][0].steps
+    for free, other in zip(*parts, strict=True):
+        assert apart(free.image, other.image) < 12
+
+
+def test_split_keeps_small_digits_that_stand_on_the_line() -> None:
+    picture, draw = page((900, 500))
+    for left, top in ((100, 100), (200, 210), (300, 100), (400, 220)):
+        draw.rectangle((left, top, left + 30, 299), 0)
+    assert len(split_digits(picture)) == 4
+
+
 def test_split_lives_with_a_line_of_a_pixel_along_the_diagonal() -> None:
     for start, end in (((100, 100), (700, 700)), ((700, 100), (100, 700))):
         picture, draw = page((900, 900))

@@ -515,6 +515,35 @@ def test_the_command_serves_until_sigterm_and_ends_well(tmp_path: Path, workers:
     assert (process.returncode, errors) == (0, "")
 
 
+@pytest.mark.slow
+def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "any.ckpt"
+    save_checkpoint(DigitNet(), checkpoint)
+    flags = ("--port", "0", "--workers", "2", "--ckpt_path", str(checkpoint))
+    command = [sys.executable, "-m", "digitnet", "serve", *flags]
+
+    def is_served(port: str) -> bool:
+        connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=60)
+        try:
+            connection.request("GET", "/healthz")
+            return connection.getresponse().status == 200
+        except OSError:
+            return False
+        finally:
+            connection.close()
+
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        match = re.search(r"http://127\.0\.0\.1:(\d+)/", process.stdout.readline())
+        assert match
+        assert is_served(match[1])
+        process.kill()
+    deadline = time.monotonic() + 30
+    while is_served(match[1]):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def test_all_processes_serve_the_checkpoint_that_was_the_newest_at_the_start(
     digitnet: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,7 +20,7 @@ from PIL import Image
 from scipy import ndimage, sparse
 from scipy.sparse import csgraph
 
-from digitnet.apply.ink import Ink, Invert, count, find_ink, quantile
+from digitnet.apply.ink import Ink, Invert, count, find_ink, find_lines, quantile
 from digitnet.apply.opening import SHEET_SIDE, flatten
 from digitnet.apply.sheet import add_margin, cut_to_sheet
 
@@ -327,8 +327,16 @@ def split_digits(picture: Image.Image, invert: Invert = "auto") -> list[Digit28]
     if len(bold) == MAX_PIECES:
         steps = (*steps, TOLD_OF_MANY)
     amounts, boxes = measure_pieces(ink, labels)
-    at_edge = (boxes[:, :2] == 0).any(1) | (boxes[:, 2:] == labels.shape).any(1)
     other = find_other_things(labels, boxes, amounts)
+    freed = without_frames(ink, labels, boxes, other)
+    if freed is not None:
+        ink, steps = freed, (*steps, "frame dropped")
+        labels, bold = label_ink(ink)
+        if not len(bold):
+            return []
+        amounts, boxes = measure_pieces(ink, labels)
+        other = find_other_things(labels, boxes, amounts)
+    at_edge = (boxes[:, :2] == 0).any(1) | (boxes[:, 2:] == labels.shape).any(1)
     other |= find_blots(labels, boxes, amounts, ~(at_edge | other))
     other |= find_bars(boxes, (amounts > 0.02 * amounts[~other].max()) & ~other)
     if other.any():
@@ -351,6 +359,65 @@ def split_digits(picture: Image.Image, invert: Invert = "auto") -> list[Digit28]
     return [digit for _, digit in reading_order(found)]
 
 
+def without_frames(ink: Ink, labels: np.ndarray, boxes: np.ndarray, other: np.ndarray) -> Ink | None:
+    """Take away the lines of frames that digits touch; strokes that cross them stay whole. None where there is none.
+
+    Args:
+        ink: of the sheet, (H, W).
+        labels: (H, W) of its pieces, from 1 on.
+        boxes: (N, 4) of each: top, left, bottom, right.
+        other: (N,) bool, those that are no digits.
+    """
+    values = ink.values.copy()
+    heights = boxes[:, 2] - boxes[:, 0]
+    is_changed = False
+    for i in np.flatnonzero(other | (heights > 1.2 * np.median(heights))):
+        top, left, bottom, right = boxes[i]
+        piece = labels[top:bottom, left:right] == i + 1
+        across, bridge_down, num_across = find_lines(piece)
+        if num_across < 2:
+            continue
+        rows = np.flatnonzero(across.any(1))
+        frame = slice(rows[0], rows[-1] + 1)  # without what sticks out of it
+        down, bridge_right, num_down = find_lines(piece[frame].T)
+        if num_down < 2:
+            continue
+        if not is_touched(piece):
+            continue
+        lines = across.copy()
+        lines[frame] |= down.T
+        thickest = max(bridge_down, bridge_right) - 3  # nearly twice that of a line
+        parts, _ = ndimage.label(piece & ~lines, np.ones((3, 3)))
+        for part, place in enumerate(ndimage.find_objects(parts), start=1):
+            if min(side.stop - side.start for side in place) <= thickest:  # what is left of a line
+                lines[place] |= parts[place] == part
+        rest = piece & ~lines
+        for axis, bridge in ((0, bridge_down), (1, bridge_right)):
+            reached = ndimage.maximum_filter1d(rest.view(np.uint8), bridge, axis)
+            lines &= ndimage.minimum_filter1d(reached, bridge, axis) == 0
+        values[top:bottom, left:right][lines] = 0
+        is_changed = True
+    return ink._replace(values=values) if is_changed and (values > ink.floor).any() else None
+
+
+def is_touched(frame: np.ndarray) -> bool:
+    """Whether something reaches into a cell of a frame (H, W) bool: the empty cell is then no convex figure."""
+    cells, _ = ndimage.label(ndimage.binary_fill_holes(frame) & ~frame)
+    for number, place in enumerate(ndimage.find_objects(cells), start=1):
+        cell = ndimage.binary_fill_holes(cells[place] == number)
+        if min(cell.shape) >= 2 * SMALLEST and hull_area(cell) - cell.sum() > 2 * sum(cell.shape):  # uneven lines
+            return True
+    return False
+
+
+def hull_area(region: np.ndarray) -> float:
+    """How many pixels the convex hull of a region (H, W) bool has."""
+    from scipy.spatial import ConvexHull  # takes a while that most pictures need not wait for
+
+    corners = (np.argwhere(region)[:, None] + [(0, 0), (0, 1), (1, 0), (1, 1)]).reshape(-1, 2)
+    return float(ConvexHull(corners).volume)  # in a plane, the area
+
+
 def find_blots(labels: np.ndarray, boxes: np.ndarray, amounts: np.ndarray, candidates: np.ndarray) -> np.ndarray:
     """Which pieces are far larger than several others and convex, nearly: a blot, a pen on the paper. (N,) bool.
 
@@ -366,12 +433,9 @@ def find_blots(labels: np.ndarray, boxes: np.ndarray, amounts: np.ndarray, candi
     if others.sum() <= NUM_CELLS:
         return blots
     for i in np.flatnonzero(candidates & (amounts > BLOT * np.median(amounts[others]))):
-        from scipy.spatial import ConvexHull  # takes a while that most sheets need not wait for
-
         top, left, bottom, right = boxes[i]
-        pixels = np.argwhere(labels[top:bottom, left:right] == i + 1)
-        corners = (pixels[:, None] + [(0, 0), (0, 1), (1, 0), (1, 1)]).reshape(-1, 2)
-        blots[i] = len(pixels) > 0.7 * ConvexHull(corners).volume  # in a plane, the area
+        piece = labels[top:bottom, left:right] == i + 1
+        blots[i] = piece.sum() > 0.7 * hull_area(piece)
     return blots
 
 
@@ -415,7 +479,8 @@ def digit_groups(boxes: np.ndarray, whole: np.ndarray) -> tuple[list[np.ndarray]
     for i in np.flatnonzero(is_digit & (sizes[:, 0] < 0.5 * usual)):  # a comma hangs beside the foot of a digit
         near = np.maximum(lows[i, 1], lows[:, 1]) - np.minimum(highs[i, 1], highs[:, 1]) < 0.5 * usual
         beside = near & (lows[i, 0] > (lows + highs)[:, 0] / 2) & (lows[i, 0] < highs[:, 0])
-        is_digit[i] = not (beside & (sizes[:, 0] >= 0.5 * usual)).any()
+        hangs = highs[i, 0] > highs[:, 0] + 0.1 * usual
+        is_digit[i] = not (beside & hangs & (sizes[:, 0] >= 0.5 * usual)).any()
     digits = [m for m, found in zip(members, is_digit & ~is_speck, strict=True) if found]
     return digits, int((~is_digit & ~is_speck).sum())
 
