@@ -316,7 +316,7 @@ class DigitCLI(LightningCLI):
             source = self.config[self.subcommand].data.source
             is_own = self.trained_on.get("source", source) == source
             if not is_own:  # what it made of its own data stays
-                folder = folder.with_name(f"{folder.name}_{Path(source).stem}")
+                folder = folder.with_name(f"{folder.name}_{Path(source).absolute().stem}")
             self.tested_folder = self.run_dir if self.run_dir and is_own else folder
             callbacks.append(WriteScores(self.checkpoint, folder, self.command))
         plugins = settings.plugins or []

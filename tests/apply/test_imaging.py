@@ -17,10 +17,11 @@ from drawings import STROKES, render
 from PIL import Image, ImageDraw, ImageOps
 from scipy import ndimage
 
-from digitnet.apply.imaging import Digit28, digit_groups, normalize, split_digits
+from digitnet.apply.imaging import Digit28, normalize
 from digitnet.apply.ink import Invert
 from digitnet.apply.opening import SHEET_SIDE, open_picture, shrink
 from digitnet.apply.sheet import add_margin
+from digitnet.apply.splitting import digit_groups, split_digits
 from digitnet.data import Digits, fetch_digits, load_bundled_digits
 
 

@@ -133,9 +133,9 @@ def create_app(predictor: Predictor | None = None) -> FastAPI:
             or else of the newest run's best. With it, any ASGI server can start any number of processes:
             ``uvicorn --factory digitnet.apply.api:create_app --workers 4``.
     """
-    if multiprocessing.parent_process() is not None:  # one of several that a supervisor started
-        leave_with_parent()
     if predictor is None:
+        if multiprocessing.parent_process() is not None:  # one of several that a supervisor started
+            leave_with_parent()
         path = os.environ.get("DIGITNET_CKPT_PATH")
         predictor = Predictor.load(Path(path) if path else None)
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # a broken form is told to who sent it

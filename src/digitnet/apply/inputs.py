@@ -16,9 +16,10 @@ from pathlib import Path
 from threading import Thread
 from typing import NamedTuple
 
-from digitnet.apply.imaging import Digit28, normalize, split_digits
+from digitnet.apply.imaging import Digit28, normalize
 from digitnet.apply.ink import Invert
 from digitnet.apply.opening import open_picture
+from digitnet.apply.splitting import split_digits
 from digitnet.cores import count_cores
 from digitnet.errors import say_why
 
