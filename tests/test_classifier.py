@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 from copy import deepcopy
 from pathlib import Path
-from typing import cast
 
 import lightning as L
 import pytest
@@ -17,7 +16,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from digitnet.checkpoints import verify_checkpoint
 from digitnet.classifier import DigitClassifier
 from digitnet.data import MNISTDataModule
-from digitnet.distillation import Teacher
 from digitnet.model import Committee
 from digitnet.selection import HardExamples
 
@@ -95,8 +93,6 @@ def test_columns_that_cannot_be_are_refused() -> None:
         DigitClassifier(columns=0)
     with pytest.raises(ValueError, match="columns is 1000000; it must be from 1 to 10"):
         DigitClassifier(columns=1_000_000)
-    with pytest.raises(ValueError, match="columns is 2; it must be 1, as a teacher teaches one network"):
-        DigitClassifier(columns=2, teacher=cast(Teacher, object()))
 
 
 def test_default_optimizer_is_keras_adam() -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import combinations
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import QUICKSTART, Run
 
 from digitnet import DigitClassifier, DigitNet, Teacher, UprightNet, UprightResidualNet, ZoomNet, ZoomResidualNet
 from digitnet.checkpoints import save_checkpoint
 from digitnet.data import load_bundled_digits
-from digitnet.model import Committee, SingleNet
+from digitnet.model import Committee, SingleNet, get_members
 
 
 @pytest.fixture
@@ -59,6 +62,52 @@ def test_members_of_the_pupils_view_answer_for_what_it_sees(
     assert not targets.requires_grad
 
 
+def test_each_column_of_a_pupil_is_taught_on_a_view_of_its_own(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    answering = ZoomNet().eval()
+    state = {f"net.{name}": weight for name, weight in answering.state_dict().items()}
+    save_checkpoint({"state_dict": state, "pytorch-lightning_version": "2.6.6"}, tmp_path / "zoom.ckpt")
+    module = DigitClassifier("zoom", dropout=0.0, columns=2, teacher=Teacher(tmp_path / "zoom.ckpt", label_frac=0.25))
+    images, labels = torch.from_numpy(load_bundled_digits().images[:10])[:, None], torch.arange(10)
+
+    torch.manual_seed(1)
+    loss = module.training_step((images, labels), 0)
+    torch.manual_seed(1)
+    expected, views = torch.zeros(()), []
+    for column in get_members(module.net):
+        views.append(column.see(images))
+        targets = 0.75 * answering.score(views[-1]).softmax(dim=1) + 0.25 * F.one_hot(labels, 10)
+        expected = expected + F.cross_entropy(column.score(views[-1]), targets.detach())
+    assert not torch.allclose(views[0], views[1], atol=0.1)
+    torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-5)  # the sum: each column gets all of its gradient
+    torch.testing.assert_close(module.get_metric("train/loss").compute(), expected.detach() / 2, rtol=1e-3, atol=1e-5)
+
+
+def test_few_members_answer_at_a_time_and_each_as_often(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    members = [DigitNet().eval() for _ in range(4)]
+    state = {f"net.{name}": weight for name, weight in Committee(members).state_dict().items()}
+    save_checkpoint({"state_dict": state, "pytorch-lightning_version": "2.6.6"}, tmp_path / "four.ckpt")
+    teacher, images = Teacher(tmp_path / "four.ckpt", label_frac=0.0, num_answering=2), torch.rand(1, 1, 28, 28)
+    with torch.no_grad():
+        answers = torch.cat([member(images).softmax(dim=1) for member in members])  # (4, 10)
+    pairs = list(combinations(range(4), 2))
+    expected = torch.stack([answers[list(pair)].mean(dim=0) for pair in pairs])  # (6, 10)
+    counts: Counter[tuple[int, int]] = Counter()
+    for _ in range(60):
+        _, target = teacher.teach(DigitNet(), images, torch.tensor([0]))
+        distances = (expected - target).abs().amax(dim=1)
+        assert distances.min() < 1e-4 < distances.sort().values[1]  # it is the mean of one pair, and of no other
+        counts[pairs[int(distances.argmin())]] += 1
+    assert len(counts) == 6
+
+
+@pytest.mark.parametrize("num_answering", [0, 2, -1])
+def test_no_more_members_answer_than_there_are(checkpoint: Path, num_answering: int) -> None:
+    with pytest.raises(ValueError, match=f"num_answering is {num_answering}; it must be from 1 to 1, as"):
+        Teacher(checkpoint, num_answering=num_answering)
+
+
 def test_a_pupil_in_another_precision_is_taught_the_same(tmp_path: Path) -> None:
     state = {f"net.{name}": weight for name, weight in ZoomNet().state_dict().items()}
     save_checkpoint({"state_dict": state, "pytorch-lightning_version": "2.6.6"}, tmp_path / "zoom.ckpt")
@@ -83,9 +132,7 @@ def test_the_loss_is_towards_the_teacher_and_the_accuracy_of_the_labels(checkpoi
     assert not [name for name in module.state_dict() if "teacher" in name]  # it is no part of what is trained
     validation = module.validation_step((images, labels), 0)
     assert torch.equal(validation, logits)
-    torch.testing.assert_close(
-        module.get_metric("val/loss").compute(), torch.nn.functional.cross_entropy(logits, labels)
-    )
+    torch.testing.assert_close(module.get_metric("val/loss").compute(), F.cross_entropy(logits, labels))
 
 
 def test_fit_with_a_teacher_and_test_without_it(digitnet: Run, checkpoint: Path, tmp_path: Path) -> None:

@@ -65,12 +65,11 @@ class DigitClassifier(L.LightningModule):
             it is the faster one: on CPU and CUDA.
         columns: how many networks of that architecture are trained at once, each by itself, and answer as one, with the
             mean of their probabilities (digitnet.model.Committee). Loss and accuracy in training are then means over
-            the single columns; gradients that are clipped by their norm are so all together. More than one do not go
-            with a teacher.
+            the single columns; gradients that are clipped by their norm are so all together.
 
     Raises:
         ValueError: when there is no such architecture, a probability lies outside [0, 1), ``columns`` lies outside
-            [1, 10], or there is a teacher and more than one.
+            [1, 10].
     """
 
     def __init__(
@@ -101,8 +100,6 @@ class DigitClassifier(L.LightningModule):
             raise ValueError(f"architecture is {architecture}; there are {', '.join(ARCHITECTURES)}")
         if not 1 <= columns <= MAX_COLUMNS:
             raise ValueError(f"columns is {columns}; it must be from 1 to {MAX_COLUMNS}")
-        if columns > 1 and teacher is not None:
-            raise ValueError(f"columns is {columns}; it must be 1, as a teacher teaches one network")
         members = [ARCHITECTURES[architecture](dropout, conv_dropout) for _ in range(columns)]
         self.net: Network = Committee(members) if columns > 1 else members[0]
         # For the sizes and FLOPs of Lightning's summary.
@@ -119,11 +116,11 @@ class DigitClassifier(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, labels = batch if self.selection is None else self.selection(*batch)
         if self.teacher is None:
-            logits = self(images)
-            columns = len(logits) // len(labels)
-            return columns * self._score("train", logits, labels.repeat(columns))[0]  # each gets all of its gradient
-        logits, targets = self.teacher.teach(self.net, images, labels)
-        return self._score("train", logits, labels, targets)[0]
+            logits, targets = self(images), None
+        else:
+            logits, targets = self.teacher.teach(self.net, images, labels)
+        columns = len(logits) // len(labels)
+        return columns * self._score("train", logits, labels.repeat(columns), targets)[0]  # each gets all its gradient
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, labels = batch

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -339,6 +340,11 @@ ARCHITECTURES: dict[str, type[SingleNet]] = {
     "upright_residual": UprightResidualNet,
     "zoom_residual": ZoomResidualNet,
 }
+
+
+def get_members(net: Network) -> list[SingleNet]:
+    """The single networks of a committee or of columns; of a single network, that one."""
+    return [net] if isinstance(net, SingleNet) else cast(list[SingleNet], list(net.members))
 
 
 def init_he_normal(module: nn.Module) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
 
 import torch
 
@@ -12,7 +11,7 @@ from digitnet.calibration import read_calibration
 from digitnet.checkpoints import find_run, load_net, read_data_settings, save_weights
 from digitnet.data import MNISTDataModule
 from digitnet.files import make_writable
-from digitnet.model import Committee, SingleNet
+from digitnet.model import Committee, SingleNet, get_members
 
 
 def committee(checkpoints: list[Path], output: Path = Path("committee.ckpt"), data_dir: str | None = None) -> None:
@@ -56,12 +55,10 @@ def committee(checkpoints: list[Path], output: Path = Path("committee.ckpt"), da
     for path, (net, checkpoint) in zip(paths, loaded, strict=True):
         if read_data_settings(checkpoint) != known:
             raise ValueError(f"{path} was trained on {read_data_settings(checkpoint)}, {paths[0]} on {known}")
-        if not isinstance(net, Committee):
-            members.append(net)
-        elif "columns" in checkpoint.get("hyper_parameters", {}):  # trained at once
-            members.extend(cast(list[SingleNet], list(net.members)))
-        else:
+        is_trained_at_once = "columns" in checkpoint.get("hyper_parameters", {})
+        if isinstance(net, Committee) and not is_trained_at_once:
             raise ValueError(f"{path} is a committee already; give its members")
+        members += get_members(net)
     firsts = read_calibration(first, paths[0])
     module = MNISTDataModule(**known, data_dir=data_dir)
     module.setup("validate")

@@ -260,11 +260,12 @@ class PlainLoop:
     def compute_loss(self, images: Tensor, labels: Tensor) -> Tensor:
         with self.in_precision():
             if self.teacher is None:
-                logits, targets = self.net(images), labels
+                logits = self.net(images)
+                columns = len(logits) // len(labels)
+                targets = labels.repeat(columns)
             else:
                 logits, targets = self.teacher.teach(self.net, images, labels)
-        columns = len(logits) // len(targets)
-        targets = targets.repeat(columns, *[1] * (targets.ndim - 1))
+                columns = len(logits) // len(labels)
         return columns * F.cross_entropy(logits.float(), targets)  # the sum over columns of each one's mean
 
     def describe(self, steps: int) -> dict[str, Any]:
