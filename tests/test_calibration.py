@@ -155,7 +155,7 @@ def test_fit_leaves_a_calibration_in_the_best_checkpoint(
     assert 0.5 <= float(calibration.temperature) <= 10
     assert torch.isfinite(calibration.max_score) == bool(num_digits)
     assert any("fitting the detector" in line for line in caplog.messages) == bool(num_digits)
-    assert "180 images are few for that: confidences may promise too much" in caplog.messages
+    assert "40 images are few for that: confidences may promise too much" in caplog.messages
 
 
 def test_near_misses_are_pictures_and_some_are_turned_digits() -> None:

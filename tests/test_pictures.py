@@ -47,7 +47,7 @@ def test_pictures_come_at_the_first_validation_after_so_many_epochs(digitnet: Ru
 
 def test_precision_recall_curves_count_every_validation_image(digitnet: Run) -> None:
     fit(digitnet)
-    labels = fetch_digits("digits").labels[1437 : 1437 + 180]
+    labels = fetch_digits("digits").labels[1717 : 1717 + 40]
     events = read_events(RUN)
     for digit in range(10):
         (event,) = events.Tensors(f"val/digit_{digit}")

@@ -43,7 +43,7 @@ def test_test_scores_the_mean_of_the_members(
     digitnet: Run, members: list[Path], committee: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     digits = load_bundled_digits()
-    images, labels = torch.from_numpy(digits.images[-180:])[:, None], torch.from_numpy(digits.labels[-180:]).long()
+    images, labels = torch.from_numpy(digits.images[-40:])[:, None], torch.from_numpy(digits.labels[-40:]).long()
     with torch.no_grad():
         each = torch.stack([load_net(path)[0](images).softmax(dim=1) for path in members])
     mean = each.mean(dim=0)
@@ -54,14 +54,14 @@ def test_test_scores_the_mean_of_the_members(
     assert metrics["num_errors"] == int((mean.argmax(dim=1) != labels).sum())
     report(tmp_path / "all_report")  # as test itself does; the fixture leaves that out
     page = (tmp_path / "all_report" / "report.html").read_text()
-    assert "on 180 test images (digits)" in page
+    assert "on 40 test images (digits)" in page
     assert "This checkpoint lies outside a run's folder" in page
     assert "after epoch" not in page
     (tmp_path / "all_report" / "predictions.csv").unlink()
     with pytest.raises(FileNotFoundError, match=r"test again: python -m digitnet test --ckpt_path .*/all\.ckpt$"):
         report(tmp_path / "all_report")
 
-    found = np.array([reading.probabilities for reading in Predictor.load(committee).read(digits.images[-180:])])
+    found = np.array([reading.probabilities for reading in Predictor.load(committee).read(digits.images[-40:])])
     temperature = float(torch.load(committee, weights_only=True)["calibration"]["temperature"])
     expected = (mean.log() / temperature).softmax(dim=1)
     np.testing.assert_allclose(found, expected, atol=1e-5)
@@ -69,7 +69,7 @@ def test_test_scores_the_mean_of_the_members(
 
 def test_it_is_exported_like_any_other(digitnet: Run, committee: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert digitnet("export", "--ckpt_path", committee, "--format", "pt2") == 0
-    assert "180 test images: the same digits" in capsys.readouterr().out
+    assert "40 test images: the same digits" in capsys.readouterr().out
     assert committee.with_name("all_export").joinpath("digitnet.pt2").is_file()
 
 

@@ -37,12 +37,12 @@ def test_the_exported_file_reads_as_the_checkpoint_does(
     checkpoint = trained_run / "checkpoints" / "best.ckpt"
     output = tmp_path / "out" / f"net.{format}"
     assert digitnet("export", "--ckpt_path", checkpoint, "--format", format, "--output", output) == 0
-    assert "180 test images: the same digits" in capsys.readouterr().out
+    assert "40 test images: the same digits" in capsys.readouterr().out
     assert sorted(path.name for path in output.parent.iterdir()) == [f"net.{format}", f"net.{format}.json"]
     card = json.loads(output.with_name(f"net.{format}.json").read_text())
     assert "calibrated" in card["outputs"]["probabilities"].split(", ")
     assert card["sha256"] == hashlib.sha256(output.read_bytes()).hexdigest()
-    assert (card["data"]["source"], card["test"]["num_images"]) == ("digits", 180)
+    assert (card["data"]["source"], card["test"]["num_images"]) == ("digits", 40)
 
     images = load_bundled_digits().images[:7]
     expected = np.array([reading.probabilities for reading in Predictor.load(checkpoint).read(images)])
@@ -70,7 +70,7 @@ def test_the_exported_file_sets_digits_upright(
     }
     torch.save(stored, tmp_path / "upright.ckpt")
     assert digitnet("export", "--ckpt_path", tmp_path / "upright.ckpt", "--format", format) == 0
-    assert "180 test images: the same digits" in capsys.readouterr().out  # compared by the command
+    assert "40 test images: the same digits" in capsys.readouterr().out  # compared by the command
 
 
 def test_a_file_that_differs_is_not_put_in_place(

@@ -12,7 +12,7 @@ import torch
 import yaml
 from conftest import QUICKSTART, Run
 
-from digitnet import DigitNet
+from digitnet import DigitClassifier, DigitNet
 from digitnet.checkpoints import save_checkpoint
 from digitnet.study.benchmark import FIT, KERAS, PARTS, PLAIN, STEPS, count_val_batches, render_result
 
@@ -56,11 +56,21 @@ def test_columns_are_counted_and_trained_in_the_plain_loop_too(digitnet: Run, tm
     assert result["flop_per_image"] == 2 * 2 * (2 * CONV1 + 3 * REST)
 
 
-def test_what_would_end_the_training_early_does_not(digitnet: Run, tmp_path: Path) -> None:
+def test_what_would_end_the_training_early_does_not(
+    digitnet: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     Path("early.yaml").write_text(QUICKSTART.read_text() + "early_stopping: {stopping_threshold: 0.0}\n")
+    step, batches = DigitClassifier.training_step, []
+
+    def counted(self: DigitClassifier, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        batches.append((self.current_epoch, batch_idx))
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(DigitClassifier, "training_step", counted)
     assert digitnet("benchmark", "--config", "early.yaml", "--steps", 1, "--rounds", 2, "--output", "speed.json") == 0
     result = json.loads((tmp_path / "speed.json").read_text())
     assert {name: len(each) for name, each in result["images_per_s"].items()} == {FIT: 2, STEPS: 2, PLAIN: 2}
+    assert batches == [(0, 0), (1, 0), (2, 0)]  # turns of one step
 
 
 def test_a_precision_that_the_plain_loop_has_not_is_refused(

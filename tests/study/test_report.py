@@ -246,9 +246,9 @@ def test_a_history_has_all_epochs_validated_or_not(
 def test_a_report_says_when_the_images_were_trained_on(digitnet: Run) -> None:
     assert digitnet("fit", "--config", QUICKSTART, *SHORT) == 0
     run = Path("lightning_logs") / "quickstart" / "version_0"
-    assert digitnet("test", "--data.split", "[180, 180, 1437]") == 0
+    assert digitnet("test", "--data.split", "[1577, 40, 180]") == 0
     report(run)
-    assert "The checkpoint was trained on 1,077 of these images, and knows them." in read_page(run).text
+    assert "The checkpoint was trained on 100 of these images, and knows them." in read_page(run).text
 
 
 def test_a_run_without_events_has_a_report_without_history(run: Path) -> None:

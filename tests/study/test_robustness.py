@@ -217,7 +217,7 @@ def test_scores_a_run_and_writes_its_table_and_figures(
         "robustness.json", "robustness.md", "robustness.png", "corruptions.png",
     }  # fmt: skip
     record = json.loads((folder / "robustness.json").read_text())
-    assert record["num_images"] == 180
+    assert record["num_images"] == 40
     accuracies = record["accuracy"]
     assert list(accuracies) == ["clean", *CORRUPTIONS]
     assert record["mean_of_15"] == pytest.approx(np.mean([accuracies[name] for name in CORRUPTIONS]))
@@ -246,13 +246,13 @@ def test_a_checkpoint_outside_a_run_is_scored_on_the_data_it_names(
     monkeypatch.setattr("digitnet.study.robustness.CORRUPTIONS", {"fog": CORRUPTIONS["fog"]})  # the others take time
     shutil.copy(trained_run / "checkpoints" / "best.ckpt", tmp_path / "mine.ckpt")
     assert digitnet("robustness", "--ckpt_path", "mine.ckpt") == 0
-    assert capsys.readouterr().out.startswith("180 test images of digits, mine.ckpt\n")
+    assert capsys.readouterr().out.startswith("40 test images of digits, mine.ckpt\n")
     assert "knows them" not in (tmp_path / "mine_report" / "robustness.md").read_text()
 
-    (tmp_path / "other.yaml").write_text("data: {source: digits, split: [1000, 397, 400]}\n")
+    (tmp_path / "other.yaml").write_text("data: {source: digits, split: [1000, 697, 100]}\n")
     assert digitnet("robustness", "--ckpt_path", "mine.ckpt", "--config", "other.yaml") == 0
-    assert "the checkpoint was trained on 40 of these 400 images: it knows them\n" in capsys.readouterr().out
-    assert "was trained on 40 and knows them" in (tmp_path / "mine_report" / "robustness.md").read_text()
+    assert "the checkpoint was trained on 20 of these 100 images: it knows them\n" in capsys.readouterr().out
+    assert "was trained on 20 and knows them" in (tmp_path / "mine_report" / "robustness.md").read_text()
 
 
 def test_a_negative_seed_is_refused(digitnet: Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -114,13 +114,14 @@ def time_fit(config: Path, rounds: int, turns: Turns) -> DigitCLI:
             if str(trainer.precision) not in PRECISIONS:
                 raise ValueError(f"trainer.precision is {trainer.precision}; benchmark takes {' or '.join(PRECISIONS)}")
             turns.steps = min(turns.steps, math.ceil(self.datamodule.split[0] / self.datamodule.batch_size))
+            trainer.limit_train_batches = turns.steps  # by flag, 1 step may be read as 1.0, all of an epoch
             trainer.limit_val_batches = count_val_batches(turns.steps, self.datamodule.eval_batch_size)
             # First, so that fit's own clock starts after the others had their turns.
             trainer.callbacks.insert(0, turns)  # type: ignore[attr-defined]
             self.stop.advises = False  # there is no run to go on with
             return trainer
 
-    flags = [f"--trainer.max_epochs={rounds + 1}", f"--trainer.limit_train_batches={turns.steps}"]
+    flags = [f"--trainer.max_epochs={rounds + 1}"]
     logger = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": str(turns.folder)}}
     flags += [f"--trainer.logger={json.dumps(logger)}", "--trainer.devices=1", "--trainer.enable_model_summary=false"]
     flags += [f"--early_stopping.patience={rounds + 1}", "--pictures.every_n_epochs=0", "--calibration.num_digits=0"]
