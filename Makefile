@@ -36,7 +36,7 @@ types: $(VENV)/.installed-dev ## static types
 	$(BIN)/mypy
 
 suite: $(VENV)/.installed-dev ## the test suite; on real MNIST too where SCIKIT_LEARN_DATA has it
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 format: $(VENV)/.installed-dev ## rewrite the sources in house format
 	$(BIN)/ruff check --fix $(SOURCES)
