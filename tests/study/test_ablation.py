@@ -37,7 +37,7 @@ OURS = ROOT / "configs" / "ablations"
 BASE = """\
 data:
   source: digits
-  split: [1297, 250, 250]
+  split: [1697, 50, 50]
 trainer:
   max_epochs: {epochs}
   limit_train_batches: 2

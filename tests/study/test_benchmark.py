@@ -36,6 +36,13 @@ def test_a_short_benchmark_of_the_real_fit(digitnet: Run, tmp_path: Path, capsys
     assert not (tmp_path / "lightning_logs").exists()  # it leaves no run behind
 
 
+@pytest.fixture
+def known_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine's is measured by the test above; each turn of another would take a second for it."""
+    monkeypatch.setattr("digitnet.study.benchmark.measure_ceiling", lambda device, dtype: 1e11)
+
+
+@pytest.mark.usefixtures("known_ceiling")
 def test_a_selection_is_timed_and_a_schedule_that_would_end_too_soon_left_out(digitnet: Run, tmp_path: Path) -> None:
     text = "model:\n  selection: {class_path: digitnet.HardExamples}\n"
     text += (
@@ -49,6 +56,7 @@ def test_a_selection_is_timed_and_a_schedule_that_would_end_too_soon_left_out(di
     assert result["step_ms"]["selection"] > 0.05
 
 
+@pytest.mark.usefixtures("known_ceiling")
 def test_columns_are_counted_and_trained_in_the_plain_loop_too(digitnet: Run, tmp_path: Path) -> None:
     Path("two.yaml").write_text(QUICKSTART.read_text().replace("model:", "model:\n  columns: 2"))
     assert digitnet("benchmark", "--config", "two.yaml", "--steps", 2, "--rounds", 1, "--output", "speed.json") == 0
@@ -56,6 +64,7 @@ def test_columns_are_counted_and_trained_in_the_plain_loop_too(digitnet: Run, tm
     assert result["flop_per_image"] == 2 * 2 * (2 * CONV1 + 3 * REST)
 
 
+@pytest.mark.usefixtures("known_ceiling")
 def test_what_would_end_the_training_early_does_not(
     digitnet: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,6 +92,7 @@ def test_a_precision_that_the_plain_loop_has_not_is_refused(
     assert "Traceback" not in errors
 
 
+@pytest.mark.usefixtures("known_ceiling")
 def test_a_config_with_two_loggers_leaves_no_run_behind(digitnet: Run, tmp_path: Path) -> None:
     settings = yaml.safe_load(QUICKSTART.read_text())
     names = ("TensorBoardLogger", "CSVLogger")
@@ -95,6 +105,7 @@ def test_a_config_with_two_loggers_leaves_no_run_behind(digitnet: Run, tmp_path:
     assert [path.name for path in tmp_path.iterdir()] == ["two.yaml"]
 
 
+@pytest.mark.usefixtures("known_ceiling")
 def test_a_turn_is_at_most_an_epoch(digitnet: Run, tmp_path: Path) -> None:
     text = QUICKSTART.read_text().replace("[1437, 180, 180]", "[64, 180, 1553]")
     text += "  max_steps: 1\n  check_val_every_n_epoch: 2\n"  # of the trainer; they would cut turns, and are left out
@@ -104,6 +115,7 @@ def test_a_turn_is_at_most_an_epoch(digitnet: Run, tmp_path: Path) -> None:
     assert "--steps 2 " in result["command"]
 
 
+@pytest.mark.usefixtures("known_ceiling")
 def test_a_teacher_is_timed_as_part_of_the_step(digitnet: Run, tmp_path: Path) -> None:
     state = {f"net.{name}": weight for name, weight in DigitNet().state_dict().items()}
     save_checkpoint({"state_dict": state, "pytorch-lightning_version": "2.6.6"}, tmp_path / "teacher.ckpt")

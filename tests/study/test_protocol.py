@@ -33,12 +33,12 @@ calibration: {num_digits: 0}
 
 @pytest.fixture
 def few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, Tensor]:
-    """300 of the bundled digits, of which 201 are trained on, as ``few.npz``, and CONFIG with them as ``mine.yaml``."""
+    """180 of the bundled digits, of which 81 are trained on, as ``few.npz``, and CONFIG with them as ``mine.yaml``."""
     digits = load_bundled_digits()
-    images, labels = digits.images[:300], digits.labels[:300]
+    images, labels = digits.images[:180], digits.labels[:180]
     np.savez(tmp_path / "few.npz", images=images, labels=labels)
-    monkeypatch.setattr(module, "SPLIT", (201, 50, 49))
-    config = CONFIG.replace("source: digits", "source: few.npz").replace("batch_size: 800", "batch_size: 110")
+    monkeypatch.setattr(module, "SPLIT", (81, 50, 49))
+    config = CONFIG.replace("source: digits", "source: few.npz").replace("batch_size: 800", "batch_size: 45")
     (tmp_path / "mine.yaml").write_text(config)
     return torch.from_numpy(images)[:, None], torch.from_numpy(labels).long()
 
@@ -104,7 +104,7 @@ def test_trains_each_seed_once_and_scores_its_last_epoch(
     assert "wrong labels" not in table.read_text()  # which are MNIST's
 
     # The last epoch, scored by hand.
-    images, labels = few[0][201:], few[1][201:]
+    images, labels = few[0][81:], few[1][81:]
     from digitnet import DigitNet
 
     for run, result in zip(runs, results, strict=True):
@@ -179,26 +179,26 @@ def test_a_hold_out_of_the_training_images_is_scored_in_place_of_the_test_images
     digitnet: Run, tmp_path: Path, few: tuple[Tensor, Tensor]
 ) -> None:
     schedule = "torch.optim.lr_scheduler.OneCycleLR, init_args: {max_lr: 0.002, epochs: 2, steps_per_epoch: 2}"
-    config = (tmp_path / "mine.yaml").read_text().replace("batch_size: 110", "batch_size: 160")
+    config = (tmp_path / "mine.yaml").read_text().replace("batch_size: 45", "batch_size: 60")
     (tmp_path / "mine.yaml").write_text(config + f"model: {{lr_scheduler: {{class_path: {schedule}}}}}\n")
-    assert digitnet("protocol", "mine.yaml", "--seeds", 1, "--holdout", 51, "--output", "out") == 0
-    (run,) = (tmp_path / "out").glob("mine-*-holdout_51/seed_42")
+    assert digitnet("protocol", "mine.yaml", "--seeds", 1, "--holdout", 31, "--output", "out") == 0
+    (run,) = (tmp_path / "out").glob("mine-*-holdout_31/seed_42")
     config = yaml.safe_load((run / "config.yaml").read_text())
-    assert config["data"]["split"] == [150, 51, 99]
-    assert config["model"]["lr_scheduler"]["init_args"]["steps_per_epoch"] == 1  # 150 images in batches of 160
+    assert config["data"]["split"] == [50, 31, 99]
+    assert config["model"]["lr_scheduler"]["init_args"]["steps_per_epoch"] == 1  # 50 images in batches of 60
 
-    images, labels = few[0][150:201], few[1][150:201]
+    images, labels = few[0][50:81], few[1][50:81]
     net = load_net(run / "checkpoints" / "last.ckpt")[0]
     with torch.no_grad():
         logits = net(images)
-    wrong = 150 + (logits.argmax(1) != labels).nonzero()[:, 0]
+    wrong = 50 + (logits.argmax(1) != labels).nonzero()[:, 0]
     result = json.loads((run / "result.json").read_text())
     assert result["mistakes"] == wrong.tolist()
     assert result["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
     assert result["loss_odd"] == pytest.approx(F.cross_entropy(logits[1::2], labels[1::2]).item(), rel=1e-4)
     table = run.parent.with_name(f"{run.parent.name}.md").read_text()
     assert f"| 42 | {len(wrong)} | {(wrong % 2).sum()} | {result['loss']:.4f} | {result['loss_odd']:.4f} |" in table
-    assert "2 epochs on the first 150 training images of few.npz, scored on the next 51, as" in table
+    assert "2 epochs on the first 50 training images of few.npz, scored on the next 31, as" in table
 
 
 @pytest.mark.parametrize(
