@@ -261,12 +261,11 @@ class PlainLoop:
     def compute_loss(self, images: Tensor, labels: Tensor) -> Tensor:
         with self.in_precision():
             if self.teacher is None:
-                logits = self.net(images)
-                columns = len(logits) // len(labels)
-                targets = labels.repeat(columns)
+                logits, targets = self.net(images), None
             else:
                 logits, targets = self.teacher.teach(self.net, images, labels)
-                columns = len(logits) // len(labels)
+        columns = len(logits) // len(labels)
+        targets = labels.repeat(columns) if targets is None else targets
         return columns * F.cross_entropy(logits.float(), targets)  # the sum over columns of each one's mean
 
     def describe(self, steps: int) -> dict[str, Any]:
