@@ -466,7 +466,7 @@ def test_going_on_keeps_the_optimizer_and_the_schedule(
             "monitor is not that of li",
         ),
         ((outside,), "mine.ckpt lies outside a run: give the config it was trained with, --config"),
-        ((outside, "--config", QUICKSTART, *SHORT, "--model.architecture=residual"), "holds another architecture than"),
+        ((outside, "--config", QUICKSTART, *SHORT, "--model.architecture=upright"), "holds another architecture than"),
     ]:
         assert digitnet("fit", "--ckpt_path", *flags) == 1
         assert line in capsys.readouterr().err

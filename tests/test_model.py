@@ -21,11 +21,8 @@ from digitnet.model import (
     BatchNorm,
     Committee,
     DigitNet,
-    ResidualNet,
     UprightNet,
-    UprightResidualNet,
     ZoomNet,
-    ZoomResidualNet,
 )
 from digitnet.views import deslant, zoom_in
 
@@ -83,8 +80,9 @@ def test_dropout_acts_in_training_only(kind: str) -> None:
 @pytest.mark.parametrize(("kind", "value"), [("dropout", 1.0), ("dropout", -0.1), ("conv_dropout", math.nan)])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_impossible_dropout_is_refused(architecture: str, kind: str, value: float) -> None:
+    dropouts = {"dropout": 0.0, "conv_dropout": 0.0, kind: value}
     with pytest.raises(ValueError, match=f"{kind} is {value}"):
-        ARCHITECTURES[architecture](**{kind: value})
+        ARCHITECTURES[architecture](dropouts["dropout"], dropouts["conv_dropout"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -104,23 +102,6 @@ def test_upright_net_is_digitnet_on_deslanted_images() -> None:
     torch.testing.assert_close(net(images), net.behind(x), rtol=1e-3, atol=1e-3)
 
 
-def test_a_residual_net_may_see_deslanted_images() -> None:
-    net = UprightResidualNet().eval()
-    images = torch.from_numpy(load_bundled_digits().images[:10])[:, None]
-    assert sum(p.numel() for p in net.parameters()) == 4_587_914
-    expected = net.behind(deslant(images.float() / 255))
-    torch.testing.assert_close(net(images), expected)
-    assert (net.behind(images) - expected).abs().max() > 0.01
-
-
-def test_a_residual_net_may_see_what_is_upright_and_near() -> None:
-    net = ZoomResidualNet().eval()
-    images = torch.from_numpy(load_bundled_digits().images[:10])[:, None]
-    assert sum(p.numel() for p in net.parameters()) == 4_587_914
-    expected = net.behind.score(zoom_in(deslant(images.float() / 255), training=False))
-    torch.testing.assert_close(net(images), expected)
-
-
 def test_zoom_net_is_digitnet_on_what_is_upright_and_near() -> None:
     net = ZoomNet().eval()
     images = torch.from_numpy(load_bundled_digits().images[:10])[:, None]
@@ -132,7 +113,7 @@ def test_zoom_net_is_digitnet_on_what_is_upright_and_near() -> None:
     torch.testing.assert_close(folded(images), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("architecture", ["upright", "zoom", "upright_residual", "zoom_residual"])
+@pytest.mark.parametrize("architecture", ["upright", "zoom"])
 def test_views_are_drawn_in_training_only(architecture: str) -> None:
     images = torch.from_numpy(load_bundled_digits().images[:10])[:, None]
     net = ARCHITECTURES[architecture](dropout=0.0)
@@ -206,87 +187,20 @@ def test_batch_normalization_is_gone_from_what_is_used(
     assert scored["num_errors"] == (predictions != digits.labels[-40:]).sum()
 
 
-def test_residual_net_is_the_sources_without_its_second_convolution() -> None:
-    # github.com/ttdoucet/mnist, mnist_model(): a block adds to the normalized image what a convolution makes of it.
-    torch.manual_seed(0)
-    net = ResidualNet()
-    images = torch.rand(40, 1, 28, 28)
-    for module in net.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            for name in ("weight", "bias", "running_mean", "running_var"):
-                torch.nn.init.uniform_(getattr(module, name), 0.5, 2)
-    net.eval()
-    state = net.state_dict()
-
-    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
-        stored = [state[f"{name}.{key}"] for key in ("running_mean", "running_var", "weight", "bias")]
-        return F.batch_norm(x, *stored)
-
-    def conv(x: torch.Tensor, name: str) -> torch.Tensor:
-        return F.relu(F.conv2d(x, state[f"{name}.weight"], state[f"{name}.bias"], padding="same"))
-
-    none = torch.zeros(40)
-    x = affine(images, none, torch.zeros(40, 2), zoom=none + 8 / 7)
-    x = (x - x.mean(dim=(2, 3), keepdim=True)) / x.std(dim=(2, 3), keepdim=True, correction=0)
-    x = F.max_pool2d(conv(x, "conv1"), 2)
-    for number, (channels, size) in enumerate([(128, 14), (256, 7), (512, 4)], start=1):
-        x = norm(x, f"block{number}.norm")
-        x = x + conv(x, f"block{number}.conv")
-        assert x.shape[1:] == (channels, size, size)
-        x = norm(x, f"norm{number + 1}")
-        if number < 3:
-            x = F.max_pool2d(conv(x, f"conv{number + 1}"), 2, ceil_mode=True)
-    expected = F.linear(x.mean(dim=(2, 3)), state["head.weight"], state["head.bias"])
-    with torch.no_grad():
-        torch.testing.assert_close(net(images), expected, rtol=1e-3, atol=1e-4)
-        # Only the shape of the light counts, not how bright it is; an empty image has none.
-        torch.testing.assert_close(net(0.2 + 0.5 * images), expected, rtol=1e-2, atol=1e-2)
-        assert net(torch.zeros(1, 1, 28, 28)).isfinite().all()
-    assert sum(p.numel() for p in net.parameters()) == 4_587_914 < 5_000_000
-
-
 def test_an_architecture_is_told_by_its_weights() -> None:
     normed = [net(batch_norm=normed) for net in (UprightNet, ZoomNet) for normed in (False, True)]
-    together = Committee([ResidualNet(), DigitNet(), *normed, UprightResidualNet(), ZoomResidualNet()])
+    together = Committee([DigitNet(), *normed])
     for net in (*together.members, together):
         made = make_net({"state_dict": {f"net.{name}": weight for name, weight in net.state_dict().items()}})
         made.load_state_dict(net.state_dict())
         assert str(made) == str(net)
 
 
-def test_a_residual_net_that_looked_at_images_otherwise_is_refused(tmp_path: Path) -> None:
-    names = {name: name.replace("head", "fc") for name in ResidualNet().state_dict()}
-    weights = {f"net.{names[name]}": weight for name, weight in ResidualNet().state_dict().items()}
-    torch.save({"state_dict": weights, "pytorch-lightning_version": "2.6.6"}, tmp_path / "old.ckpt")
-    with pytest.raises(ValueError, match=r"old.ckpt is of another architecture: net.fc.bias should be none"):
-        load_net(tmp_path / "old.ckpt")
-
-
-def test_a_residual_net_is_trained_scored_and_gone_on_with(
-    digitnet: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    flags = (*SHORT, "--trainer.callbacks+=digitnet.callbacks.AverageWeights")
-    assert digitnet("fit", "--config", QUICKSTART, "--model.architecture=residual", *flags) == 0
-    run = tmp_path / "lightning_logs" / "quickstart" / "version_0"
-    path, last = run / "checkpoints" / "best.ckpt", run / "checkpoints" / "last.ckpt"
-    net = load_net(path)[0]
-    assert isinstance(net, ResidualNet)
-    assert digitnet("test") == 0
-    digits = load_bundled_digits()
-    with torch.no_grad():
-        predictions = net(torch.from_numpy(digits.images[-40:])[:, None]).argmax(dim=1).numpy()
-    scored = json.loads((run / "report" / "metrics.json").read_text())
-    assert scored["num_errors"] == (predictions != digits.labels[-40:]).sum()
-    assert digitnet("convert", path, "net.weights.h5") == 1
-    assert "holds a ResidualNet; the write-up's Keras model is a DigitNet" in capsys.readouterr().err
-
-    before = {file: file.stat().st_mtime_ns for file in run.rglob("*")}
-    go_on = ("fit", "--ckpt_path", last, "--trainer.max_epochs=3")
-    assert digitnet(*go_on, "--model.architecture=digitnet") == 1
-    assert "last.ckpt holds another architecture than digitnet" in capsys.readouterr().err
-    assert {file: file.stat().st_mtime_ns for file in run.rglob("*")} == before
-    assert digitnet(*go_on) == 0
-    assert torch.load(last, weights_only=True)["epoch"] == 2
+def test_another_architecture_is_refused(tmp_path: Path) -> None:
+    weights = {f"net.{name.replace('conv', 'block')}": weight for name, weight in DigitNet().state_dict().items()}
+    torch.save({"state_dict": weights, "pytorch-lightning_version": "2.6.6"}, tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match=r"other.ckpt is of another architecture: net.block1.bias should be none"):
+        load_net(tmp_path / "other.ckpt")
 
 
 def test_columns_are_trained_scored_and_gone_on_with(
@@ -307,27 +221,19 @@ def test_columns_are_trained_scored_and_gone_on_with(
         mean = torch.stack([column(images).softmax(dim=1) for column in net.members]).mean(dim=0)
     scored = json.loads((run / "report" / "metrics.json").read_text())
     assert scored["num_errors"] == (mean.argmax(dim=1).numpy() != digits.labels[-40:]).sum()
+    assert digitnet("convert", path, "net.weights.h5") == 1
+    assert "holds a Committee; the write-up's Keras model is a DigitNet" in capsys.readouterr().err
 
+    before = {file: file.stat().st_mtime_ns for file in run.rglob("*")}
     go_on = ("fit", "--ckpt_path", last, "--trainer.max_epochs=3")
-    assert digitnet(*go_on, "--model.columns=1") == 1
-    assert "last.ckpt holds another architecture than zoom (columns 1); to go on" in capsys.readouterr().err
+    for other, name in (("columns=1", "zoom (columns 1)"), ("architecture=upright", "upright (columns 2)")):
+        assert digitnet(*go_on, f"--model.{other}") == 1
+        assert f"last.ckpt holds another architecture than {name}; to go on" in capsys.readouterr().err
+    assert {file: file.stat().st_mtime_ns for file in run.rglob("*")} == before
     assert digitnet(*go_on) == 0
     assert torch.load(last, weights_only=True)["epoch"] == 2
 
 
-def test_a_committee_of_residual_nets_counts_its_parameters(
-    digitnet: Run, trained_run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    stored = torch.load(trained_run / "checkpoints" / "best.ckpt", weights_only=True)
-    paths = [Path("a.ckpt"), Path("b.ckpt")]
-    for path in paths:
-        weights = {f"net.{name}": weight for name, weight in ResidualNet().state_dict().items()}
-        torch.save({**stored, "state_dict": weights}, path)
-    assert digitnet("committee", *paths) == 0
-    assert f"2 networks, {2 * 4_587_914:,} parameters" in capsys.readouterr().out
-
-
 def test_an_unknown_architecture_is_refused() -> None:
-    names = "digitnet, upright, zoom, residual, upright_residual, zoom_residual"
-    with pytest.raises(ValueError, match=f"architecture is lenet; there are {names}"):
+    with pytest.raises(ValueError, match="architecture is lenet; there are digitnet, upright, zoom"):
         DigitClassifier(architecture="lenet")  # type: ignore[arg-type]

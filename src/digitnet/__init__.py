@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from digitnet.data import MNISTDataModule, fetch_digits
     from digitnet.distillation import Teacher
     from digitnet.disturb import RandomDisturbance
-    from digitnet.model import DigitNet, ResidualNet, UprightNet, UprightResidualNet, ZoomNet, ZoomResidualNet
+    from digitnet.model import DigitNet, UprightNet, ZoomNet
     from digitnet.selection import HardExamples
 
 __version__ = "0.1.0"
@@ -21,12 +21,9 @@ __all__ = [
     "RandomAffine",
     "RandomDisturbance",
     "RandomWarp",
-    "ResidualNet",
     "Teacher",
     "UprightNet",
-    "UprightResidualNet",
     "ZoomNet",
-    "ZoomResidualNet",
     "fetch_digits",
 ]
 
@@ -36,7 +33,7 @@ _HOMES = {
     "data": ("MNISTDataModule", "fetch_digits"),
     "distillation": ("Teacher",),
     "disturb": ("RandomDisturbance",),
-    "model": ("DigitNet", "ResidualNet", "UprightNet", "UprightResidualNet", "ZoomNet", "ZoomResidualNet"),
+    "model": ("DigitNet", "UprightNet", "ZoomNet"),
     "selection": ("HardExamples",),
 }
 

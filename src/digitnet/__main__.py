@@ -51,6 +51,7 @@ commands:
 
 to begin with:
   python -m digitnet fit --config configs/quickstart.yaml   train on bundled digits, a minute, no network
+  python -m digitnet fit --config configs/fast.yaml         train on MNIST, a minute or two
   python -m digitnet fit --config configs/final.yaml        train on MNIST, the write-up's recipe
   python -m digitnet test                                   how good is it?
   tensorboard --logdir lightning_logs                       watch

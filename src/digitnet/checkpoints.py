@@ -17,17 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from digitnet.files import replace_whole, shorten, tell_command
-from digitnet.model import (
-    Committee,
-    DigitNet,
-    Network,
-    ResidualNet,
-    SingleNet,
-    UprightNet,
-    UprightResidualNet,
-    ZoomNet,
-    ZoomResidualNet,
-)
+from digitnet.model import Committee, DigitNet, Network, SingleNet, UprightNet, ZoomNet
 
 LOG_DIR = Path("lightning_logs")
 FIT_HINT = "python -m digitnet fit --config configs/final.yaml"
@@ -151,13 +141,10 @@ def is_of_architecture(checkpoint: dict[str, Any], net: nn.Module) -> bool:
 
 def _make_single(names: list[str]) -> SingleNet:
     keys = {name.partition(".")[0] for name in names}
-    for large in (UprightResidualNet, ZoomResidualNet):
-        if large.KEY in keys:
-            return large()
     for kind in (UprightNet, ZoomNet):
         if kind.KEY in keys:
             return kind(batch_norm=f"{kind.KEY}.norms.conv1.mean" in names)
-    return ResidualNet() if "block1" in keys else DigitNet()
+    return DigitNet()
 
 
 def load_net(path: Path) -> tuple[Network, dict[str, Any]]:

@@ -48,11 +48,8 @@ class DigitClassifier(L.LightningModule):
 
     Args:
         architecture: "digitnet", the write-up's network; "upright", the same on digits set upright
-            (digitnet.UprightNet); "zoom", seen from near as well, and augmented by itself (digitnet.ZoomNet);
-            "residual", digitnet.ResidualNet; or "upright_residual" and "zoom_residual", that one behind the same steps
-            (digitnet.UprightResidualNet, digitnet.ZoomResidualNet).
-        dropout: probability of dropping a unit, in [0, 1): after each of the two hidden dense layers or, in a
-            ResidualNet, before the only dense layer.
+            (digitnet.UprightNet); or "zoom", seen from near as well, and augmented by itself (digitnet.ZoomNet).
+        dropout: probability of dropping a unit after each of the two hidden dense layers, in [0, 1).
         conv_dropout: probability of dropping a value after each pooling, in [0, 1).
         optimizer: any torch optimizer, by class path or name; its arguments follow as ``init_args``.
         lr_scheduler: any torch learning-rate schedule, stepped once an epoch (OneCycleLR and CyclicLR: once a step);
@@ -74,9 +71,7 @@ class DigitClassifier(L.LightningModule):
 
     def __init__(
         self,
-        architecture: Literal[
-            "digitnet", "upright", "zoom", "residual", "upright_residual", "zoom_residual"
-        ] = "digitnet",
+        architecture: Literal["digitnet", "upright", "zoom"] = "digitnet",
         dropout: float = 0.2,
         conv_dropout: float = 0.0,
         # A lambda, because the command line can read its defaults back; epsilon is Keras', PyTorch's is 1e-8.

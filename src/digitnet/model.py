@@ -1,4 +1,4 @@
-"""DigitNet, the write-up's network; ResidualNet, of three times its size; each on digits set upright, or from near."""
+"""DigitNet, the write-up's network; the same on digits set upright, and seen from near; several as one."""
 
 from __future__ import annotations
 
@@ -11,30 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from digitnet.views import see_all, see_closely, see_near, see_upright
+from digitnet.views import see_all, see_near, see_upright
 from digitnet.winograd import Conv3x3
 
 NORM_MOMENTUM = 0.02  # the running statistics are the mean of about the last 50 steps
 
 
 class SingleNet(nn.Module, ABC):
-    """A network that sees images in its own way, then scores what it saw.
-
-    Args:
-        dropout: probability of dropping a unit of the dense layers, in [0, 1).
-        conv_dropout: probability of dropping a value after each of the three poolings, in [0, 1).
-
-    Raises:
-        ValueError: when a probability lies outside [0, 1).
-    """
+    """A network that sees images in its own way, then scores what it saw."""
 
     VIEW: Callable[[Tensor, bool], Tensor]  # images and whether this is training -> what counts of them
-
-    def __init__(self, dropout: float = 0.0, conv_dropout: float = 0.0) -> None:
-        super().__init__()
-        for name, value in (("dropout", dropout), ("conv_dropout", conv_dropout)):
-            if not 0 <= value < 1:
-                raise ValueError(f"{name} is {value}; it is a probability and must lie in [0, 1)")
 
     def forward(self, images: Tensor) -> Tensor:
         """Score each image for each digit.
@@ -78,7 +64,10 @@ class DigitNet(SingleNet):
     VIEW = staticmethod(see_all)
 
     def __init__(self, dropout: float = 0.2, conv_dropout: float = 0.0, batch_norm: bool = False) -> None:
-        super().__init__(dropout, conv_dropout)
+        super().__init__()
+        for name, value in (("dropout", dropout), ("conv_dropout", conv_dropout)):
+            if not 0 <= value < 1:
+                raise ValueError(f"{name} is {value}; it is a probability and must lie in [0, 1)")
         self.conv1 = nn.Conv2d(1, 64, kernel_size=7, padding=3)
         self.conv2 = Conv3x3(64, 128)
         self.conv3 = Conv3x3(128, 128, pooled=True)
@@ -156,31 +145,7 @@ class BatchNorm(nn.Module):
         return F.batch_norm(x, self.mean, self.var, gain, self.bias, by_batch, NORM_MOMENTUM, self.eps)
 
 
-class ViewedNet(SingleNet):
-    """Another network behind a view of its own, a step without parameters.
-
-    Args:
-        behind: that network.
-    """
-
-    KEY: str  # its name in checkpoints: it tells one view from another
-
-    def __init__(self, behind: SingleNet) -> None:
-        super().__init__()
-        self.add_module(self.KEY, behind)
-
-    @property
-    def behind(self) -> SingleNet:
-        """The network behind the view."""
-        net = self.get_submodule(self.KEY)
-        assert isinstance(net, SingleNet)
-        return net
-
-    def score(self, seen: Tensor) -> Tensor:
-        return self.behind.score(seen)
-
-
-class UprightNet(ViewedNet):
+class UprightNet(SingleNet):
     """DigitNet on digits set upright, enlarged and normalized; trained with batch normalization, 1,413,834 parameters.
 
     Writers differ in slant; what is taken out beforehand need not be learned from examples. Trained and folded, it is
@@ -199,16 +164,25 @@ class UprightNet(ViewedNet):
     """
 
     VIEW = staticmethod(see_upright)
-    KEY = "digitnet"
+    KEY = "digitnet"  # of the network behind the view, in checkpoints: it tells one view from another
 
     def __init__(self, dropout: float = 0.2, conv_dropout: float = 0.0, batch_norm: bool = True) -> None:
-        super().__init__(DigitNet(dropout, conv_dropout, batch_norm))
+        super().__init__()
+        self.add_module(self.KEY, DigitNet(dropout, conv_dropout, batch_norm))
+
+    @property
+    def behind(self) -> DigitNet:
+        """The network behind the view."""
+        net = self.get_submodule(self.KEY)
+        assert isinstance(net, DigitNet)
+        return net
+
+    def score(self, seen: Tensor) -> Tensor:
+        return self.behind.score(seen)
 
     def fold(self) -> None:
         """Make batch normalization part of the layers, in place."""
-        net = self.behind
-        assert isinstance(net, DigitNet)
-        self.add_module(self.KEY, net.folded())
+        self.add_module(self.KEY, self.behind.folded())
 
 
 class ZoomNet(UprightNet):
@@ -220,88 +194,6 @@ class ZoomNet(UprightNet):
 
     VIEW = staticmethod(see_near)
     KEY = "zoomed"
-
-
-class ResidualNet(SingleNet):
-    """Six convolutions with batch normalization and shortcuts, no hidden dense layer: 4,587,914 parameters.
-
-    The middle 24.5x24.5 pixels of each image are enlarged to 28x28, then brought to mean 0 and variance 1.
-
-    Source: the network of github.com/ttdoucet/mnist. Differs from it: at 28x28 pixels one 7x7 convolution, as in
-    DigitNet, instead of two of 5x5, which take a third of the arithmetic; batch normalization averages over more steps;
-    there is dropout; and what is enlarged is always the middle, where the source cuts 25x25 pixels at a random place in
-    training: shifting is the augmentation's work.
-
-    Args:
-        dropout: probability of dropping a feature before the dense layer, in [0, 1).
-        conv_dropout: probability of dropping a value after each of the three poolings, in [0, 1).
-
-    Raises:
-        ValueError: when a probability lies outside [0, 1).
-    """
-
-    VIEW = staticmethod(see_closely)
-
-    def __init__(self, dropout: float = 0.0, conv_dropout: float = 0.0) -> None:
-        super().__init__(dropout, conv_dropout)
-        self.conv1 = nn.Conv2d(1, 128, kernel_size=7, padding=3)
-        self.block1 = ResidualBlock(128)
-        self.norm2, self.conv2 = nn.BatchNorm2d(128, momentum=NORM_MOMENTUM), Conv3x3(128, 256)
-        self.block2 = ResidualBlock(256)
-        self.norm3, self.conv3 = nn.BatchNorm2d(256, momentum=NORM_MOMENTUM), Conv3x3(256, 512)
-        self.block3 = ResidualBlock(512)
-        self.norm4, self.head = nn.BatchNorm2d(512, momentum=NORM_MOMENTUM), nn.Linear(512, 10)
-        self.pool = nn.MaxPool2d(2, ceil_mode=True)
-        self.dropout = nn.Dropout(dropout)
-        self.conv_dropout = nn.Dropout(conv_dropout)
-
-    def score(self, seen: Tensor) -> Tensor:
-        x = self.conv_dropout(F.relu(self.pool(self.conv1(seen))))  # (B, 128, 14, 14)
-        x = self.block1(x)
-        x = self.conv_dropout(F.relu(self.pool(self.conv2(self.norm2(x)))))  # (B, 256, 7, 7)
-        x = self.block2(x)
-        x = self.conv_dropout(F.relu(self.pool(self.conv3(self.norm3(x)))))  # (B, 512, 4, 4)
-        x = self.block3(x)
-        x = self.norm4(x).mean(dim=(2, 3))  # (B, 512)
-        return self.head(self.dropout(x))
-
-
-class ResidualBlock(nn.Module):
-    """A normalized image plus what a convolution makes of it; shape (B, C, H, W) in and out."""
-
-    def __init__(self, num_channels: int) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm2d(num_channels, momentum=NORM_MOMENTUM)
-        self.conv = Conv3x3(num_channels, num_channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(x)
-        return x + F.relu(self.conv(x))
-
-
-class UprightResidualNet(ViewedNet):
-    """ResidualNet on digits set upright: 4,587,914 parameters, and the step before it has none.
-
-    Args:
-        dropout: as of ResidualNet.
-        conv_dropout: as of ResidualNet.
-
-    Raises:
-        ValueError: when a probability lies outside [0, 1).
-    """
-
-    VIEW = staticmethod(see_upright)
-    KEY = "residual"
-
-    def __init__(self, dropout: float = 0.0, conv_dropout: float = 0.0) -> None:
-        super().__init__(ResidualNet(dropout, conv_dropout))
-
-
-class ZoomResidualNet(UprightResidualNet):
-    """UprightResidualNet that sees digits from near, as ZoomNet does."""
-
-    VIEW = staticmethod(see_near)
-    KEY = "zoomed_residual"
 
 
 class Committee(nn.Module):
@@ -332,14 +224,7 @@ class Committee(nn.Module):
 
 
 Network = SingleNet | Committee
-ARCHITECTURES: dict[str, type[SingleNet]] = {
-    "digitnet": DigitNet,
-    "upright": UprightNet,
-    "zoom": ZoomNet,
-    "residual": ResidualNet,
-    "upright_residual": UprightResidualNet,
-    "zoom_residual": ZoomResidualNet,
-}
+ARCHITECTURES: dict[str, type[DigitNet | UprightNet]] = {"digitnet": DigitNet, "upright": UprightNet, "zoom": ZoomNet}
 
 
 def get_members(net: Network) -> list[SingleNet]:

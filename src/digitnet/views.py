@@ -24,15 +24,10 @@ def see_all(images: Tensor, training: bool) -> Tensor:
     return images
 
 
-def see_closely(images: Tensor, training: bool) -> Tensor:
-    """The middle 24.5x24.5 pixels of each image, enlarged to 28x28, of mean 0 and variance 1."""
-    x = F.interpolate(images, size=(32, 32), mode="bilinear")[..., 2:-2, 2:-2]
-    return F.layer_norm(x, x.shape[1:])
-
-
 def see_upright(images: Tensor, training: bool) -> Tensor:
-    """Set upright and enlarged, each of mean 0 and variance 1; the slant in training is drawn."""
-    return see_closely(set_upright(images, training), training)
+    """Set upright, the middle 24.5x24.5 pixels enlarged to 28x28, of mean 0 and variance 1; slant in training drawn."""
+    x = F.interpolate(set_upright(images, training), size=(32, 32), mode="bilinear")[..., 2:-2, 2:-2]
+    return F.layer_norm(x, x.shape[1:])
 
 
 def see_near(images: Tensor, training: bool) -> Tensor:

@@ -116,7 +116,7 @@ def test_columns_that_were_trained_at_once_are_members_each(
     weights = {f"net.{name}": weight for name, weight in Committee(columns).state_dict().items()}
     torch.save({**stored, "state_dict": weights, "hyper_parameters": {"columns": 2}}, "columns.ckpt")
     assert digitnet("committee", "columns.ckpt", members[2], "--output", "all.ckpt") == 0
-    assert "all.ckpt: 3 networks" in capsys.readouterr().out
+    assert f"all.ckpt: 3 networks, {3 * 1_413_834:,} parameters" in capsys.readouterr().out
     images = torch.rand(4, 1, 28, 28)
     with torch.no_grad():
         mean = torch.stack([net(images).softmax(dim=1) for net in nets]).mean(dim=0)

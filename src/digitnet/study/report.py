@@ -23,12 +23,8 @@ from digitnet.study.published import CLASSIC_TEST_START, KNOWN_WRONG, LECUN_TABL
 MAX_CARDS = 400  # mistakes on the page, about 400 bytes each; a hopeless network makes thousands
 NUM_LEAST_SURE = 24
 
-OWN_DISTORTIONS = {  # by architecture: what the network's own first step does in training
-    "upright": "slant",
-    "upright_residual": "slant",
-    "zoom": "slant, affine, elastic",
-    "zoom_residual": "slant, affine, elastic",
-}
+# By architecture: what the network's own first step does in training.
+OWN_DISTORTIONS = {"upright": "slant", "zoom": "slant, affine, elastic"}
 
 
 class Results(NamedTuple):
