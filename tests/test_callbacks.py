@@ -152,6 +152,21 @@ def test_weights_are_averaged_on_the_device_that_trains() -> None:
     assert average._average_model.n_averaged.device.type == "cpu"  # or each step would wait for the device
 
 
+@pytest.mark.parametrize("is_there", [True, False])
+def test_all_processes_know_the_best_score_or_none_does(tmp_path: Path, is_there: bool) -> None:
+    best = str(tmp_path / "checkpoints" / "best.ckpt")  # which this process lacks
+    keeper = RunCheckpoint(tmp_path / "checkpoints", monitor="val/acc", mode="max")
+    strategy = SimpleNamespace(broadcast=lambda mine: is_there)  # as the first process finds it
+    keeper._strategy = strategy  # type: ignore[assignment]
+    score = torch.tensor(0.9)
+    keeper.load_state_dict({
+        "best_model_path": best, "kth_best_model_path": best, "last_model_path": "", "best_k_models": {best: score},
+        "dirpath": "", "monitor": "val/acc", "best_model_score": score, "kth_value": score, "current_score": score,
+    })  # fmt: skip
+    assert keeper.best_k_models == ({best: score} if is_there else {})
+    assert keeper.best_model_path == (best if is_there else "")
+
+
 def test_a_process_without_the_best_file_gets_its_weights_from_the_first() -> None:
     best = nn.Linear(2, 2)
     sent = iter(["elsewhere/best.ckpt", best.state_dict()])  # by the first process, in this order

@@ -32,6 +32,7 @@ from digitnet.__main__ import COMMANDS, load_function
 from digitnet.apply.predictor import Predictor
 from digitnet.checkpoints import read_data_settings
 from digitnet.classifier import DigitClassifier
+from digitnet.cli import CHOSEN, DigitCLI
 from digitnet.data import load_bundled_digits
 from digitnet.guards import try_optimizer
 from digitnet.model import ARCHITECTURES
@@ -694,6 +695,88 @@ def test_images_that_were_trained_on_are_told_of(
     assert (
         "was trained on 1,677 of the images that it leaves out of training; give [1717, 40" in capsys.readouterr().err
     )
+
+
+def test_digits_that_were_trained_on_are_told_of_in_whatever_way_their_file_is_named(
+    digitnet: Run, trained_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    digits = load_bundled_digits()
+    np.savez(tmp_path / "mine.npz", images=digits.images, labels=digits.labels)
+    stored = torch.load(trained_run / "checkpoints" / "best.ckpt", weights_only=True)
+    stored["datamodule_hyper_parameters"]["source"] = "mine.npz"
+    torch.save(stored, tmp_path / "mine.ckpt")
+    Path("other.npz").write_bytes(Path("mine.npz").read_bytes())
+    for source, known in [("./mine.npz", 17), (tmp_path / "mine.npz", 17), ("other.npz", 0)]:
+        caplog.clear()
+        flags = ("--data.source", source, "--data.split", [1000, 700, 97])
+        assert digitnet("test", "--ckpt_path", "mine.ckpt", *flags) == 0
+        assert any(f"was trained on {known} of these 97" in text for text in caplog.messages) == bool(known)
+        folder = tmp_path / ("mine_report" if known else "mine_report_other")
+        assert json.loads((folder / "metrics.json").read_text())["num_trained_on"] == known
+
+
+def test_processes_that_share_the_work_take_the_same_checkpoint(
+    digitnet: Run, trained_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [tmp_path / "lightning_logs" / "quickstart" / f"version_{n}" for n in (0, 1)]
+    for run in runs:
+        shutil.copytree(trained_run, run)
+    older, newer = (run / "checkpoints" / "best.ckpt" for run in runs)
+    os.utime(older, (1, 1))
+    chosen: list[str | None] = []  # as a process that is started while this one works finds it
+    monkeypatch.setattr(DigitCLI, "validate", lambda *args, **kwargs: chosen.append(os.environ.get(CHOSEN)))
+    assert digitnet("validate") == 0
+    assert [Path(str(path)).absolute() for path in chosen] == [newer]
+    assert CHOSEN not in os.environ  # of the next command
+    monkeypatch.setenv(CHOSEN, str(older))
+    assert digitnet("validate") == 0
+    assert f"validate: {older}" in caplog.messages
+    assert os.environ[CHOSEN] == str(older)
+
+
+def test_fewer_images_than_processes_are_refused_before_there_is_a_run(
+    digitnet: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    two = ("--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp")
+    assert digitnet("fit", "--config", QUICKSTART, "--data.split", [1795, 1, 1], *two) == 1
+    assert "data.split is [1795, 1, 1] for 2 processes; each needs an image" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_with_a_second_logger_goes_on(digitnet: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    loggers = [
+        {"class_path": f"lightning.pytorch.loggers.{name}", "init_args": {"save_dir": folder}}
+        for name, folder in (("TensorBoardLogger", "lightning_logs"), ("CSVLogger", "csv"))
+    ]
+    fit = ("fit", "--config", QUICKSTART, *SHORT)
+    assert digitnet(*fit, "--trainer.logger", json.dumps(loggers)) == 0
+    (last,) = tmp_path.glob("lightning_logs/**/checkpoints/last.ckpt")
+    assert digitnet("fit", "--ckpt_path", "last", "--trainer.max_epochs", 3) == 0
+    assert list(tmp_path.glob("lightning_logs/**/last.ckpt")) == [last]
+    assert torch.load(last, weights_only=True)["epoch"] == 2
+    caplog.clear()
+    assert digitnet(*fit, "--trainer.logger", json.dumps(loggers[::-1]), "--trainer.max_epochs", 1) == 0
+    assert any("the first is no TensorBoardLogger, so a run that is stopped ends there" in x for x in caplog.messages)
+
+
+def test_without_a_logger_a_stopped_training_goes_on_by_the_same_command(
+    digitnet: Run, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("fit", "--config", QUICKSTART, *SHORT, "--trainer.logger", "false")
+    step = DigitClassifier.training_step
+
+    def stop(self: DigitClassifier, *args: Any) -> torch.Tensor:
+        if self.current_epoch == 1:
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DigitClassifier, "training_step", stop)
+        assert digitnet(*command) == 130
+    (told,) = [text for text in caplog.messages if "To go on: the same command and --ckpt_path " in text]
+    last = told.rpartition(" ")[2]
+    assert digitnet(*command, "--ckpt_path", last) == 0
+    assert torch.load(last, weights_only=True)["epoch"] == 1
 
 
 def test_without_a_logger_no_run_replaces_another(digitnet: Run, capsys: pytest.CaptureFixture[str]) -> None:

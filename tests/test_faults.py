@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import secrets
 import shutil
 import signal
 import subprocess
@@ -213,10 +214,11 @@ def test_full_disk_keeps_the_checkpoint_before(
     assert digitnet(*flags, "--trainer.max_epochs", 3) == 0
 
     def fill_disk() -> None:  # what is written beside the old checkpoint goes to a device without room
-        part = RUN.with_name("version_1") / "checkpoints" / f".part-{os.getpid()}-last.ckpt"
+        part = RUN.with_name("version_1") / "checkpoints" / ".part-1-last.ckpt"
         part.symlink_to("/dev/full")
 
     with monkeypatch.context() as patch:
+        patch.setattr(secrets, "token_hex", lambda size: "1")
         die_in_epoch(patch, 1, fill_disk)
         assert digitnet(*flags, "--trainer.max_epochs", 3) == 1
     [line] = error_lines(capsys)
@@ -251,7 +253,7 @@ def test_damaged_last_checkpoint_gives_way_to_the_one_before(
     for damage, spoil in DAMAGES.items():
         last.write_bytes(whole)
         spoil(last)
-        path, reason = choose_resumable(last)
+        path, _, reason = choose_resumable(last)
         assert path == previous, damage
         assert reason.startswith(f"{last} is not a checkpoint that can be read safely: "), damage
     assert digitnet("fit", "--ckpt_path", "last") == 0
@@ -260,13 +262,16 @@ def test_damaged_last_checkpoint_gives_way_to_the_one_before(
     assert same_weights(last, trained_run / "checkpoints" / "last.ckpt")
 
 
-def test_a_damaged_checkpoint_never_takes_the_place_of_the_one_before(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_never_takes_the_place_of_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(secrets, "token_hex", lambda size: "1")
     last, previous = tmp_path / "last.ckpt", tmp_path / "previous.ckpt"
     for epoch in range(2):
         save_checkpoint({"epoch": epoch, "weights": torch.zeros(1000)}, last)
     flip_bit(last)
     if Path("/dev/full").exists():
-        part = tmp_path / f".part-{os.getpid()}-last.ckpt"
+        part = tmp_path / ".part-1-last.ckpt"
         part.symlink_to("/dev/full")
         with pytest.raises(OSError, match=r"last\.ckpt \(No space left on device\); the one before it is kept$"):
             save_checkpoint({"epoch": 1}, last)

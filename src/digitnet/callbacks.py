@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from digitnet.calibrate import fit_calibration
-from digitnet.checkpoints import is_whole, save_checkpoint
+from digitnet.checkpoints import find_run, is_whole, save_checkpoint
 from digitnet.classifier import DigitClassifier
 from digitnet.data import MNISTDataModule, find_data
 from digitnet.files import shorten, tell_command, write_file
@@ -39,6 +39,10 @@ class RunCheckpoint(ModelCheckpoint):
     going on would replace a better checkpoint. And one whose best checkpoint is gone or damaged keeps the next one.
     """
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._strategy = trainer.strategy
+        super().setup(trainer, pl_module, stage)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         def rebase(path: str) -> str:
             return str(Path(str(self.dirpath), Path(path).name)) if path else path
@@ -47,7 +51,8 @@ class RunCheckpoint(ModelCheckpoint):
         best = {rebase(path): score for path, score in state_dict["best_k_models"].items()}
         state = {**state_dict, **paths, "best_k_models": best, "dirpath": self.dirpath}
         path = paths["best_model_path"]
-        if self.monitor and path and not is_whole(Path(path)):
+        # Of all processes the first one says so: they must agree on what was best, or wait for each other for ever.
+        if self.monitor and path and not self._strategy.broadcast(is_whole(Path(path))):
             rank_zero_info(f"{shorten(path)} is missing or damaged; the best epoch from here on takes its place")
             state |= {"best_k_models": {}, "best_model_path": "", "kth_best_model_path": "", "best_model_score": None}
         super().load_state_dict(state)
@@ -403,15 +408,13 @@ class StopCleanly(Callback):
         last = find_keeper(trainer, of_best=False)
         # Lightning names the file before it is written.
         path = last.best_model_path if last and Path(last.best_model_path).is_file() else ""
+        again = tell_command("fit", "--ckpt_path", path)
+        if not find_run(Path(path)):  # as without a logger: there is no config beside it
+            again = f"the same command and --ckpt_path {path}"
+        epoch = trainer.current_epoch
         if path and was_calibrating:
-            rank_zero_info(
-                "stopped while calibrating, the training done. "
-                f"To calibrate: {tell_command('fit', '--ckpt_path', path)}"
-            )
+            rank_zero_info(f"stopped while calibrating, the training done. To calibrate: {again}")
         elif path:
-            rank_zero_info(
-                f"stopped in epoch {trainer.current_epoch}; the epochs before it are kept. "
-                f"To go on: {tell_command('fit', '--ckpt_path', path)}"
-            )
+            rank_zero_info(f"stopped in epoch {epoch}; the epochs before it are kept. To go on: {again}")
         else:
-            rank_zero_info(f"stopped in epoch {trainer.current_epoch}, before the first checkpoint; nothing is kept")
+            rank_zero_info(f"stopped in epoch {epoch}, before the first checkpoint; nothing is kept")

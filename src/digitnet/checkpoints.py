@@ -109,9 +109,14 @@ def read_data_settings(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def is_same_source(one: str, other: str) -> bool:
+    """Whether two sources of digits are the same: one name, or one file, in whatever way its path is written."""
+    return one == other or Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
+
+
 def count_trained_on(settings: dict[str, Any], source: str, start: int, num_images: float = math.inf) -> int:
     """How many of a source's images, from the one at ``start`` on, a checkpoint of these data was trained on."""
-    known = settings.get("source") == source and "split" in settings
+    known = "source" in settings and "split" in settings and is_same_source(settings["source"], source)
     return int(min(num_images, max(0, settings["split"][0] - start))) if known else 0
 
 
@@ -218,27 +223,25 @@ def save_weights(net: nn.Module, path: Path, **more: Any) -> None:
     save_checkpoint(ours | more, path)
 
 
-def choose_resumable(path: Path) -> tuple[Path, str]:
+def choose_resumable(path: Path) -> tuple[Path, dict[str, Any], str]:
     """The checkpoint to go on from: the one given or, where a ``last.ckpt`` is damaged, the one before it.
 
     Returns:
-        The path, and what is wrong with the one given, empty where it is sound.
+        The path, what the file holds, and what is wrong with the one given, empty where it is sound.
 
     Raises:
         ValueError: neither can be used.
     """
     try:
-        verify_checkpoint(path, to_resume=True)
-        return path, ""
+        return path, verify_checkpoint(path, to_resume=True), ""
     except ValueError as error:
         previous = path.with_name("previous.ckpt")
         if path.name != "last.ckpt" or not path.is_file():
             raise
         try:
-            verify_checkpoint(previous, to_resume=True)
+            return previous, verify_checkpoint(previous, to_resume=True), str(error)
         except ValueError as other:
             run = find_run(path)
             again = f"; start anew: {tell_command('fit', '--config', run / 'config.yaml')}" if run else ""
             why = f"{other}" if previous.is_file() else "there is no previous.ckpt beside it"
             raise ValueError(f"{error}; {why}{again}") from error
-        return previous, str(error)

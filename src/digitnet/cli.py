@@ -49,6 +49,7 @@ from digitnet.checkpoints import (
     find_newest,
     find_run,
     is_of_architecture,
+    is_same_source,
     read_data_settings,
     verify_checkpoint,
 )
@@ -79,6 +80,9 @@ LEFT_OUT = {
     "logger": False, "fast_dev_run": False, "overfit_batches": 0.0, "limit_val_batches": None,
     "limit_test_batches": None,
 }  # fmt: skip
+# The environment variable in which the processes that share the work of this one find the newest checkpoint, as it was
+# found here: by then there may be a newer one.
+CHOSEN = "DIGITNET_CHOSEN_CKPT"
 USAGE = "python -m digitnet {} [--config FILE.yaml] [--flag value ...]"
 DESCRIPTIONS = {
     "fit": f"""Train a digit classifier.
@@ -184,12 +188,19 @@ class DigitCLI(LightningCLI):
             verify_is_text(Path(path))
         ckpt_path = typed.ckpt_path
         if ckpt_path is not None and not {"-h", "--help"} & set(flags):
-            self.checkpoint = find_newest(f"{ckpt_path}.ckpt") if ckpt_path in ("best", "last") else Path(ckpt_path)
+            if ckpt_path not in ("best", "last"):
+                self.checkpoint = Path(ckpt_path)
+            elif CHOSEN in os.environ:
+                self.checkpoint = Path(os.environ[CHOSEN])
+            else:
+                self.checkpoint = find_newest(f"{ckpt_path}.ckpt")
+                os.environ[CHOSEN] = str(self.checkpoint)
             if subcommand == "fit":
-                self.checkpoint, damage = choose_resumable(self.checkpoint)
+                self.checkpoint, stored, damage = choose_resumable(self.checkpoint)
                 if damage:
                     rank_zero_info(f"{damage}; going on from the one before it")
-            stored = verify_checkpoint(self.checkpoint)
+            else:
+                stored = verify_checkpoint(self.checkpoint)
             self.run_dir, self.trained_on = find_run(self.checkpoint), read_data_settings(stored)
             if self.run_dir:
                 verify_is_text(self.run_dir / "config.yaml")
@@ -263,8 +274,17 @@ class DigitCLI(LightningCLI):
                 # Lightning expands "~/runs" and "$SCRATCH" for a logger's own files, not for the checkpoints beside.
                 if value := settings.get(name):
                     settings[name] = os.path.expanduser(os.path.expandvars(value))  # noqa: PTH111  may be a URL
+        first = loggers[0] if loggers else None  # its folder is the run's
+        is_tensorboard = str(getattr(first, "class_path", "")).endswith("TensorBoardLogger")
+        if self.run_dir and not is_tensorboard:
+            raise ValueError(
+                f"going on in {self.run_dir} takes a run whose first logger is a TensorBoardLogger; its config.yaml or "
+                "--trainer.logger names another"
+            )
         if self.run_dir:
-            self._go_on_in(self.run_dir, config.trainer.logger)
+            self._go_on_in(self.run_dir, first)
+        elif hasattr(first, "class_path") and not is_tensorboard:
+            rank_zero_info("trainer.logger: the first is no TensorBoardLogger, so a run that is stopped ends there")
         if config.trainer.logger is False:
             self.save_config_callback = None  # there is no folder for it
             kept = Path(config.trainer.default_root_dir or ".", "checkpoints", "last.ckpt")
@@ -273,11 +293,6 @@ class DigitCLI(LightningCLI):
 
     def _go_on_in(self, run_dir: Path, logger: Any) -> None:
         """Make the logger write into an existing run's folder, where config.yaml will have the settings in force."""
-        if not str(getattr(logger, "class_path", "")).endswith("TensorBoardLogger"):
-            raise ValueError(
-                f"going on in {run_dir} takes a run with one logger, TensorBoardLogger; its config.yaml or "
-                "--trainer.logger names another"
-            )
         run = Path(os.path.normpath(run_dir.absolute()))  # "." and ".." are no names
         logger.init_args.save_dir = str(shorten(run.parent.parent))
         logger.init_args.name = run.parent.name
@@ -300,7 +315,8 @@ class DigitCLI(LightningCLI):
             summary = summarize(config, kwargs.get("precision", settings.precision), own)
             config.ckpt_path = None  # config.yaml describes a run, not this call; with it, a new one can be started
             if self.run_dir:
-                config.trainer.logger.init_args.version = None
+                logger = config.trainer.logger
+                (logger[0] if isinstance(logger, list) else logger).init_args.version = None
             configured = {key: self._get(self.config_init, key) for key in self._parser("fit").callback_keys}
             calibrate = configured.pop("calibration")
             callbacks += configured.values()
@@ -314,7 +330,7 @@ class DigitCLI(LightningCLI):
             assert self.checkpoint is not None
             folder = find_folder(self.checkpoint, "report")
             source = self.config[self.subcommand].data.source
-            is_own = self.trained_on.get("source", source) == source
+            is_own = is_same_source(self.trained_on.get("source", source), source)
             if not is_own:  # what it made of its own data stays
                 folder = folder.with_name(f"{folder.name}_{Path(source).absolute().stem}")
             self.tested_folder = self.run_dir if self.run_dir and is_own else folder
@@ -329,6 +345,7 @@ class DigitCLI(LightningCLI):
 
     def fit(self, model: DigitClassifier, **kwargs: Any) -> None:
         # Data, optimizer and log folder first: where one of them is wrong, no half-made run is left behind.
+        self.datamodule.trainer = self.trainer  # which knows how many processes share the data
         self.datamodule.setup("fit")
         self._verify_data(model)
         verify_optimization(self.trainer, model, self.datamodule, goes_on=self.checkpoint is not None)
@@ -458,7 +475,12 @@ def main(args: list[str], cli_class: type[DigitCLI] = DigitCLI) -> DigitCLI:
     hide_noise()
     limit_imports()
     keep_freed_memory()
-    cli = cli_class(args)
+    is_first = CHOSEN not in os.environ
+    try:
+        cli = cli_class(args)
+    finally:
+        if is_first:
+            os.environ.pop(CHOSEN, None)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         # Gloo's threads can abort a process that ends before they do (github.com/pytorch/pytorch/pull/179291).
         torch.distributed.destroy_process_group()

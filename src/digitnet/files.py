@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import secrets
 import shlex
 import tempfile
 from collections.abc import Iterator
@@ -22,7 +23,8 @@ def replace_whole(path: Path) -> Iterator[Path]:
     When the block fails, the new file is removed and the old one, if any, is as it was. Missing folders are made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{PART}{os.getpid()}-{path.name}")  # with its ending, by which libraries choose a format
+    # A name of one's own, on other machines too; with its ending, by which libraries choose a format.
+    part = path.with_name(f"{PART}{secrets.token_hex(8)}-{path.name}")
     try:
         yield part
         with part.open("r+b") as file:  # Windows forces to disk only what could be written
@@ -73,4 +75,5 @@ def shorten(path: str | Path) -> Path:
 
 def tell_command(*arguments: str | Path) -> str:
     """What to type to call digitnet: names with spaces are quoted."""
-    return shlex.join(["python", "-m", "digitnet", *map(str, arguments)])
+    typed = [each.as_posix() if isinstance(each, Path) else each for each in arguments]  # "\" would be quoted
+    return shlex.join(["python", "-m", "digitnet", *typed])

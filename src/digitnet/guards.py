@@ -51,7 +51,7 @@ def explain_failures(trainer: L.Trainer) -> Iterator[None]:
     except (RuntimeError, torch.OutOfMemoryError) as error:
         text = str(error)
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
-            raise OSError("out of memory; try a smaller --data.batch_size or --data.eval_batch_size") from error
+            raise ValueError("out of memory; try a smaller --data.batch_size or --data.eval_batch_size") from error
         if trainer.world_size > 1 and ("onnection" in text or isinstance(error, torch.distributed.DistError)):
             raise OSError(
                 f"process {trainer.global_rank} of {trainer.world_size} lost another one, which ended or was killed; "

@@ -233,6 +233,20 @@ def test_a_row_whose_last_epoch_is_not_validated_is_refused(configs: Path) -> No
         ablate(configs, output=Path("out"))
 
 
+def test_a_row_too_large_for_memory_does_not_spoil_the_others(configs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = DigitClassifier.training_step
+
+    def training_step(self: DigitClassifier, *args: Any) -> torch.Tensor:
+        if self.hparams["dropout"] == 0.5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(self, *args)
+
+    monkeypatch.setattr(DigitClassifier, "training_step", training_step)
+    with pytest.raises(ValueError, match=r"1 of 2 runs failed, .*: dropout/fc 0\.5, seed 42: out of memory; try"):
+        ablate(configs, output=Path("out"))
+    assert len(list(Path("out").rglob("result.json"))) == 1
+
+
 def test_a_failing_row_does_not_spoil_the_others(configs: Path) -> None:
     (configs / "dropout" / "fc_0.5.yaml").write_text("model:\n  dropout: 1.5\n")
     with pytest.raises(

@@ -61,19 +61,17 @@ def load_cache(path: Path) -> Digits:
 
 
 def write_cache(path: Path, digits: Digits) -> None:
-    """Write all or nothing, and remove what a killed writer left half-written."""
-    for abandoned in path.parent.glob(f"{PART}*-{path.name}"):  # the lock is ours
-        abandoned.unlink(missing_ok=True)
+    """Write all or nothing."""
     with replace_whole(path) as part, part.open("wb") as file:
         np.savez(file, images=digits.images, labels=digits.labels)
 
 
 @contextlib.contextmanager
 def hold_lock(path: Path) -> Iterator[None]:
-    """Let one process at a time make ``path``; a killed one lets go. Where no lock can be had, go on without.
+    """Let one process at a time make ``path``; a killed one lets go, and what it left half-written is removed.
 
-    No lock can be had on a disk that cannot be written or does not know locks, or when another process keeps it for
-    longer than any download takes. Nothing breaks without: the same bytes are fetched twice.
+    Where no lock can be had, go on without: on a disk that cannot be written or does not know locks, or when another
+    process keeps it for longer than any download takes. Nothing breaks then: the same bytes are fetched twice.
     """
     lock = FileLock(f"{path}.lock")
     with contextlib.suppress(OSError, NotImplementedError):
@@ -83,6 +81,8 @@ def hold_lock(path: Path) -> Iterator[None]:
         except Timeout:
             rank_zero_info(f"waiting for another process that fetches MNIST (it holds {lock.lock_file})")
             lock.acquire(timeout=LOCK_TIMEOUT_S)
+        for abandoned in path.parent.glob(f"{PART}*-{path.name}"):
+            abandoned.unlink(missing_ok=True)
     try:
         yield
     finally:

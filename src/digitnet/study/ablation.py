@@ -301,7 +301,7 @@ def count_epochs(row: Row) -> int:
 def fit_or_go_on(flags: list[str], seed: int, run: Path) -> L.Trainer:
     """Call ``fit`` with these flags and a run's seed and folder, or go on with the run where it has a checkpoint.
 
-    Without calibration, which is no part of the figures, and minutes of work.
+    Without a detector of non-digits, which is no part of the figures, and minutes of work.
     """
     last = run / "checkpoints" / "last.ckpt"
     if last.is_file() and find_run(last):
@@ -348,7 +348,7 @@ def train(row: Row, seed: int, output: Path) -> Result:
         **describe_environment(),
     }
     write_json(run / "result.json", result)
-    shutil.rmtree(run / "checkpoints")  # 20 MB a run, and a bare `test` would take it for the newest model
+    shutil.rmtree(run / "checkpoints")  # 20 MB a run
     return result
 
 

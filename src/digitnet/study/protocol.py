@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor
 
-from digitnet.checkpoints import choose_resumable, find_run, load_net, verify_checkpoint
+from digitnet.checkpoints import choose_resumable, find_run, load_net
 from digitnet.data import MNISTDataModule, fetch_digits
 from digitnet.files import make_writable, tell_command, write_file, write_json
 from digitnet.machine import describe_environment
@@ -158,7 +158,7 @@ def protocol(
             result = score(run, seed, num_epochs, module, holdout)
             write_json(run / "result.json", result)
             print(f"seed {seed} is done: {result['train_s']:.0f} s of training", flush=True)
-            (run / "checkpoints" / "best.ckpt").unlink(missing_ok=True)  # or `test` would take it for the newest model
+            (run / "checkpoints" / "best.ckpt").unlink(missing_ok=True)  # nobody needs it
             write_table(recipe, config, holdout)
     print(write_table(recipe, config, holdout))
 
@@ -196,8 +196,8 @@ def train(flags: list[str], seed: int, run: Path, num_epochs: int) -> None:
     """Train one seed, or go on with it; no early stopping, so that every seed has the same schedule."""
     last = run / "checkpoints" / "last.ckpt"
     if last.is_file() and find_run(last):
-        sound, _ = choose_resumable(last)
-        if sound == last and verify_checkpoint(last)["epoch"] + 1 >= num_epochs:
+        sound, stored, _ = choose_resumable(last)
+        if sound == last and stored["epoch"] + 1 >= num_epochs:
             return  # stopped before it was scored
     fit_or_go_on([*flags, f"--early_stopping.patience={num_epochs + 1}"], seed, run)
 
