@@ -183,7 +183,9 @@ def interpolation_matrix(length: int) -> Tensor:
 
 
 def verify_augmentation(augmentation: Augmentation, images: Tensor) -> None:
-    """Refuse what training could not use, by a draw for a few images; torch's generators are left as they were.
+    """Refuse what training could not use, by a draw for a few images.
+
+    Torch's generators are left as they were, but for that of a Mac's GPU.
 
     Args:
         augmentation: from images (B, 1, 28, 28) uint8 to images; uint8, or float32 in [0, 1].

@@ -35,7 +35,7 @@ def fit_calibration(
         train: the training digits.
         val: the validation digits.
         num_digits: how many training digits, evenly spread, the detector learns from; 0 for none that detects.
-        seed: of everything random; PyTorch's own generators are left as they were.
+        seed: of everything random; PyTorch's own generators are left as they were (but for that of a Mac's GPU).
 
     Returns:
         The calibration, on the CPU, in evaluation mode.

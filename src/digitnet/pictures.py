@@ -59,6 +59,10 @@ class Pictures(CollectScores):
             if self.every_n_epochs and data.augmentation is not None:
                 self._draw_augmentation(data, writer)
 
+    def _collect(self, *args: Any) -> None:
+        if self.every_n_epochs:
+            super()._collect(*args)
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         periods = (trainer.current_epoch + 1) // self.every_n_epochs if self.every_n_epochs else 0
         if periods > self.periods and not trainer.sanity_checking:

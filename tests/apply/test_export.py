@@ -73,10 +73,22 @@ def test_the_exported_file_sets_digits_upright(
     assert "40 test images: the same digits" in capsys.readouterr().out  # compared by the command
 
 
+@pytest.mark.parametrize("wrong", ["probabilities", "logits", "is_digit"])
 def test_a_file_that_differs_is_not_put_in_place(
-    digitnet: Run, trained_run: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+    digitnet: Run, trained_run: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, wrong: str
 ) -> None:
-    monkeypatch.setattr(module, "load_pt2", lambda path: lambda images: {"logits": np.ones((len(images), 10))})
+    load = module.load_pt2
+
+    def load_wrongly(path: Path) -> module.Run:
+        run = load(path)
+
+        def run_wrongly(images: np.ndarray) -> dict[str, np.ndarray]:
+            outputs = run(images)
+            return outputs | {wrong: ~outputs[wrong] if wrong == "is_digit" else outputs[wrong] + 0.001}
+
+        return run_wrongly
+
+    monkeypatch.setattr(module, "load_pt2", load_wrongly)
     output = tmp_path / "net.pt2"
     args = ("--ckpt_path", trained_run / "checkpoints" / "best.ckpt", "--format", "pt2", "--output", output)
     assert digitnet("export", *args) == 1

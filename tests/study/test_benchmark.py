@@ -157,7 +157,10 @@ def test_tables_of_known_figures() -> None:
         "precision": "bf16-mixed", "threads": 2, "hardware": "a machine", "versions": {"torch": "2"},
         "date": "2026-11-23", "command": "benchmark", "peak_memory_bytes": 2**30,
     }  # fmt: skip
+    assert "Peak memory 1,024 MiB." in render_result(result)
+    result["peak_memory_bytes"] = None  # Windows
     text = render_result(result)
+    assert "Peak memory not known." in text
     assert "| fit, steps alone | 100 | 90 to 110 | 320.0 | 50 % |" in text  # 100 images/s x 0.5 GFLOP of 100 GFLOP/s
     assert "| Keras, whole epochs | 25 | 20 to 30 | 1280.0 |  |" in text
     assert "fit steps / plain PyTorch: 0.90 (0.80 to 1.00)" in text  # pair by pair, not of the medians

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -332,14 +333,32 @@ def test_a_run_on_the_last_5000_is_not_put_among_lecuns_figures(tmp_path: Path) 
         ("zoom", None, "slant, affine, elastic"),
         ("upright", {"class_path": "digitnet.RandomWarp"}, "RandomWarp, slant"),
         ("digitnet", None, "none"),
+        (
+            "upright",
+            {"class_path": "torchvision.transforms.v2.Compose", "init_args": {"transforms": [
+                {"class_path": "digitnet.RandomAffine"}, {"class_path": "digitnet.RandomDisturbance"},
+            ]}},
+            "RandomAffine, RandomDisturbance, slant",
+        ),
     ],
-)
+)  # fmt: skip
 def test_what_the_network_itself_distorts_stands_in_its_row(
-    tmp_path: Path, architecture: str, augmentation: dict[str, str] | None, shown: str
+    tmp_path: Path, architecture: str, augmentation: dict[str, Any] | None, shown: str
 ) -> None:
     config = {"model": {"architecture": architecture}, "data": {"augmentation": augmentation}}
     page = make_mnist_page(tmp_path, 65_000, [65_000], config)
     assert [row[1] for row in page.rows if row[0] == "This run"] == [shown]
+
+
+@pytest.mark.parametrize(("first", "told"), [(60_000, "Of those this run made 1."), (66_000, "5 of its 22 mistakes. ")])
+def test_sevens_read_as_twos_are_counted_among_the_write_ups_images(tmp_path: Path, first: int, told: str) -> None:
+    indices = np.arange(first, 70_000)
+    predictions = np.where(np.isin(indices, [60_001, 66_001]), 2, 7)
+    images, sevens = np.zeros((len(indices), 28, 28), np.uint8), np.full(len(indices), 7)
+    results = Results(indices, images, sevens, predictions, np.full(len(indices), 0.9))
+    text = Page(build_report(tmp_path, {}, {}, results, None, is_mnist=True)[0].decode()).text
+    assert told in text
+    assert ("Of those this run made" in text) == (first == 60_000)
 
 
 def test_a_run_on_all_10000_stands_with_its_half_in_both_groups(tmp_path: Path) -> None:
@@ -440,6 +459,9 @@ def test_what_to_type_names_the_checkpoint_that_was_tested_or_that_there_is(run:
     write_test(run, {}, checkpoint=str(checkpoints / "last.ckpt"))
     (run / "report" / "predictions.csv").unlink()
     assert find_told() == "last.ckpt"
+    other = shutil.copytree(run / "report", run / "report_mine")  # on other data, of the same checkpoint
+    with pytest.raises(FileNotFoundError, match=r"--ckpt_path .*/checkpoints/last\.ckpt$"):
+        report(other)
     write_test(run, {}, checkpoint="elsewhere/epoch_3.ckpt")  # no longer there
     (run / "report" / "predictions.csv").unlink()
     assert find_told() == "best.ckpt"

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from digitnet.apply.predictor import BATCH_SIZE, Predictor
 from digitnet.calibration import CalibratedNet
@@ -23,9 +24,8 @@ from digitnet.checkpoints import find_folder, find_newest, read_data_settings, v
 from digitnet.data import Digits, fetch_digits
 from digitnet.files import make_writable, replace_whole, shorten
 from digitnet.machine import list_versions
-from digitnet.model import run_in_batches
 
-TOLERANCE = 1e-4  # between the logits of the checkpoint and of the exported file
+TOLERANCE = 1e-4  # between the numbers that the checkpoint gives and those of the exported file
 INPUT = "images"
 OUTPUTS = {
     "probabilities": "float32 [batch, 10], calibrated, of the digits 0 to 9",
@@ -59,9 +59,9 @@ def export(
       python -m digitnet export                    the newest run's best checkpoint, as <run>/export/digitnet.onnx
       python -m digitnet export --format pt2       for torch.export.load
 
-    The file is run on the test images of the checkpoint's run, and put in place only when its logits are the
-    checkpoint's to within 1e-4 and it reads the same digit in every image. A card beside it says what it is:
-    digitnet.onnx.json, or digitnet.pt2.json.
+    The file is run on the test images of the checkpoint's run, and put in place only when its logits and probabilities
+    are the checkpoint's to within 1e-4 and it reads the same digit, or none, in every image. A card beside it says what
+    it is: digitnet.onnx.json, or digitnet.pt2.json.
 
     Args:
         ckpt_path: the trained checkpoint; the newest run's best by default.
@@ -86,7 +86,7 @@ def export(
     make_writable(output.parent, "--output")  # not before: what cannot be exported leaves no folder
     images = torch.from_numpy(digits.images)[:, None]
     print(f"{shorten(checkpoint)}: run on {len(images):,} test images, and then the file made of it", flush=True)
-    expected = run_in_batches(predictor.model.net, images, BATCH_SIZE).numpy()
+    expected = answer(predictor.model, images)
     with replace_whole(output.with_name(f"{output.name}.json")) as card_part, replace_whole(output) as part:
         write, load = (write_onnx, load_onnx) if format == "onnx" else (write_pt2, load_pt2)
         write(predictor.model, part)
@@ -144,29 +144,49 @@ def describe_outputs(predictor: Predictor) -> dict[str, str]:
     return outputs if predictor.model.calibration.has_detector else outputs | WITHOUT_DETECTOR
 
 
-def compare(run: Run, digits: Digits, expected: np.ndarray) -> Comparison:
+@torch.inference_mode()
+def answer(model: CalibratedNet, images: Tensor) -> dict[str, np.ndarray]:
+    """What the checkpoint gives for images (N, 1, 28, 28), by the names of ``OUTPUTS``.
+
+    And ``is_close`` (N,), bool: whether its "no digit" may turn by rounding.
+    """
+    calibration = model.calibration
+    found: list[list[Tensor]] = []
+    for batch in images.split(BATCH_SIZE):
+        outputs = model(batch)
+        margin = (calibration.score(batch, outputs[1]) - calibration.max_score).abs()
+        found.append([*outputs, margin <= TOLERANCE])
+    names = (*OUTPUTS, "is_close")
+    return {name: torch.cat(parts).numpy() for name, parts in zip(names, zip(*found, strict=True), strict=True)}
+
+
+def compare(run: Run, digits: Digits, expected: dict[str, np.ndarray]) -> Comparison:
     """Run an exported file on test digits, in batches of several sizes.
 
     Args:
         run: images (B, 1, 28, 28) to the file's outputs by name.
         digits: the test digits.
-        expected: logits (N, 10) of the checkpoint.
+        expected: what ``answer`` gives of the checkpoint.
 
     Raises:
-        ValueError: a digit is read differently, or a logit is off by more than 1e-4.
+        ValueError: a digit is read differently, or a logit or a probability is off by more than 1e-4.
     """
     images = digits.images[:, None]
     ends = [1, 4, *range(4 + BATCH_SIZE, len(images), BATCH_SIZE)]
-    logits = np.concatenate([run(batch)["logits"] for batch in np.split(images, ends) if len(batch)])
-    difference = float(np.abs(logits - expected).max())
-    num_changed = int((logits.argmax(1) != expected.argmax(1)).sum())
-    if num_changed or not difference <= TOLERANCE:
+    batches = [run(batch) for batch in np.split(images, ends) if len(batch)]
+    found = {name: np.concatenate([batch[name] for batch in batches]) for name in OUTPUTS}
+    differences = {name: float(np.abs(found[name] - expected[name]).max()) for name in ("logits", "probabilities")}
+    predictions = found["logits"].argmax(1)
+    is_other_digit = predictions != expected["logits"].argmax(1)
+    is_other_kind = (found["is_digit"] != expected["is_digit"]) & ~expected["is_close"]
+    num_changed = int((is_other_digit | is_other_kind).sum())
+    if num_changed or not max(differences.values()) <= TOLERANCE:
+        told = " and ".join(f"its {name} differ by up to {value:.1e}" for name, value in differences.items())
         raise ValueError(
-            f"the exported file is not the checkpoint: its logits differ by up to {difference:.1e}, where "
-            f"{TOLERANCE:.0e} is allowed, and it reads {num_changed} of {len(images):,} test images differently; "
-            "nothing was written"
+            f"the exported file is not the checkpoint: {told}, where {TOLERANCE:.0e} is allowed, and it reads "
+            f"{num_changed} of {len(images):,} test images differently; nothing was written"
         )
-    return Comparison(len(images), int((logits.argmax(1) != digits.labels).sum()), difference)
+    return Comparison(len(images), int((predictions != digits.labels).sum()), differences["logits"])
 
 
 def trace(module: CalibratedNet) -> torch.export.ExportedProgram:

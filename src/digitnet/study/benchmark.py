@@ -313,16 +313,18 @@ def measure_ceiling(device: torch.device, dtype: torch.dtype) -> float:
 
 def synchronize(device: torch.device) -> None:
     """Wait for a GPU to finish what it was given; a CPU has nothing to wait for."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory used so far: of the GPU, else of this process."""
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """The most memory used so far: of the GPU, else of this process; None on Windows, which does not say."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource  # Windows has none
-
+    try:
+        import resource
+    except ImportError:
+        return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -397,6 +399,7 @@ def render_result(result: dict[str, Any]) -> str:
     framework_ms = 1000 * result["batch_size"] * (1 / speeds[STEPS] - 1 / speeds[PLAIN])
     lines.append("| " + " | ".join(f"{x:.2f} ms" for x in (*result["step_ms"].values(), framework_ms)) + " |")
     dtype = "bfloat16" if result["precision"].startswith("bf16") else "float32"
+    peak = f"{result['peak_memory_bytes'] / 2**20:,.0f} MiB" if result["peak_memory_bytes"] else "not known"
     ratios = [f"fit steps / plain PyTorch: {_ratio(result, STEPS, PLAIN)}"]
     if KERAS in speeds:
         ratios.append(f"fit / Keras: {_ratio(result, FIT, KERAS)}")
@@ -404,8 +407,7 @@ def render_result(result: dict[str, Any]) -> str:
         "",
         f"Ratios, median of the turns: {'; '.join(ratios)}. Ceiling: {ceiling / 1e9:,.0f} GFLOP/s, the best of several "
         f"square matrix products in {dtype}; a training step takes {flop / 1e6:,.0f} MFLOP an image (convolutions "
-        f"as plain sums, however they are computed). Peak memory "
-        f"{result['peak_memory_bytes'] / 2**20:,.0f} MiB.",
+        f"as plain sums, however they are computed). Peak memory {peak}.",
         "",
         f"{result['hardware']}, {result['threads']} threads, batch {result['batch_size']}, {result['precision']}; "
         f"{', '.join(f'{name} {number}' for name, number in result['versions'].items())}; {result['date'][:10]}; "

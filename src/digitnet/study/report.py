@@ -383,10 +383,12 @@ def _tell_pair(results: Results, *, is_mnist: bool) -> dict[str, str] | None:
     if ties := sum(counts[pair] == counts[pairs[0]] for pair in pairs[1:]):
         text += f" {figures.format_count(ties, 'other pair')} of digits {'was' if ties == 1 else 'were'} as common."
     if is_mnist:
-        text += (
-            " The write-up's commonest, on the last 5,000 test images, was 7 read as 2: 5 of its 22 mistakes. "
-            f"Of those this run made {counts[7, 2]:,}."
-        )
+        # Of those images alone that the write-up scored, too.
+        is_theirs = results.indices >= CLASSIC_TEST_START + 5_000
+        num_theirs = int((is_theirs & (results.labels == 7) & (results.predictions == 2)).sum())
+        text += " The write-up's commonest, on the last 5,000 test images, was 7 read as 2: 5 of its 22 mistakes."
+        if is_theirs.sum() == 5_000:
+            text += f" Of those this run made {num_theirs:,}."
     return {"text": text, "alt": f"Images of {actual} read as {predicted}, above both digits read rightly."}
 
 
@@ -404,8 +406,7 @@ def _compare(results: Results, config: dict[str, Any]) -> dict[str, Any]:
     full = [
         dict(zip(("network", "distortions", "error", "source"), row, strict=True), ours=False) for row in LECUN_TABLE
     ]
-    augmentation = (config.get("data") or {}).get("augmentation") or {}
-    distortions = str(augmentation.get("class_path", "none")).rpartition(".")[2] if config else "not known"
+    distortions = _name_augmentation((config.get("data") or {}).get("augmentation")) if config else "not known"
     own = OWN_DISTORTIONS.get(str((config.get("model") or {}).get("architecture")))
     if own:
         distortions = own if distortions == "none" else f"{distortions}, {own}"
@@ -428,6 +429,15 @@ def _compare(results: Results, config: dict[str, Any]) -> dict[str, Any]:
         {"title": "Scored on all 10,000 test images", "rows": full},
     ]
     return {"notes": " ".join(notes), "groups": groups}
+
+
+def _name_augmentation(augmentation: Any) -> str:
+    """Of a config: the class, or those that a Compose puts one after another; "none" without one."""
+    if not augmentation:
+        return "none"
+    name = str(augmentation.get("class_path")).rpartition(".")[2]
+    parts = (augmentation.get("init_args") or {}).get("transforms")
+    return ", ".join(map(_name_augmentation, parts)) if name == "Compose" and isinstance(parts, list) else name
 
 
 def _row(network: str, distortions: str, num_errors: int, num_images: int, *, ours: bool = False) -> dict[str, Any]:
@@ -457,6 +467,8 @@ def _score(value: float) -> str:
 def _test_command(run: Path, tested: str = "") -> str:
     """What to type to test a run: the checkpoint tested before, else best.ckpt, else last.ckpt, as far as there."""
     if (run / "metrics.json").is_file():
+        if Path(tested).is_file():
+            return tell_command("test", "--ckpt_path", tested)
         folder = run if run.name else run.absolute()  # "." has no name
         checkpoint = folder.with_name(f"{folder.name.removesuffix('_report')}.ckpt")
     else:
