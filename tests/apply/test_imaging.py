@@ -432,7 +432,7 @@ def test_split_reads_line_by_line_from_left_to_right(digits: np.ndarray) -> None
         sheet[top : top + 224, left : left + 224] = 255 - large(image)
     sheet[5:9, 450:454] = 0  # a speck
     parts = split_digits(Image.fromarray(sheet))
-    assert len(parts) == 6
+    assert [part.line for part in parts] == [1, 1, 1, 2, 2, 2]
     for part, image in zip(parts, digits, strict=False):
         assert apart(part.image, found(Image.fromarray(255 - large(image))).image) < 5
 
@@ -451,7 +451,7 @@ def test_a_rising_line_is_read_from_left_to_right(digits: np.ndarray) -> None:
         top = 250 - 50 * i + 14 * (8 - scale)
         sheet[top : top + 28 * scale, 170 * i : 170 * i + 28 * scale] = 255 - large(image, scale)
     parts = split_digits(Image.fromarray(sheet))
-    assert len(parts) == 5
+    assert [part.line for part in parts] == [1] * 5
     for part, image, scale in zip(parts, digits, scales, strict=False):
         assert apart(part.image, found(Image.fromarray(255 - large(image, scale))).image) < 5
 
@@ -475,7 +475,7 @@ def test_a_jumping_line_is_read_from_left_to_right(digits: np.ndarray) -> None:
             top = 100 + 300 * line + (0, 70, 10, 75, 0)[i]
             sheet[top : top + 168, 200 * i : 200 * i + 168] = 255 - large(image, 6)
     parts = split_digits(Image.fromarray(sheet))
-    assert len(parts) == 10
+    assert [part.line for part in parts] == [1] * 5 + [2] * 5
     for part, image in zip(parts, [*digits[:5], *digits[:5]], strict=True):
         assert apart(part.image, found(Image.fromarray(255 - large(image, 6))).image) < 5
 

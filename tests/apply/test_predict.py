@@ -192,8 +192,11 @@ def test_split_numbers_the_digits_of_a_sheet(digitnet: Run, make_checkpoint: Cal
     for index in (3, 5):
         sheet.paste(Image.fromarray(255 - DIGITS.images[index]).resize((112, 112)), (40 + 100 * (index - 3), 40))
     sheet.save("sheet.png")
-    digitnet("predict", "--split", "sheet.png", "--json", "--ckpt_path", make_checkpoint(max_score=torch.inf))
-    assert [one["number"] for one in json.loads(capsys.readouterr().out)] == [1, 2]
+    sheet.crop((0, 0, 160, 200)).save("one.png")
+    predict = ("predict", "sheet.png", "one.png", "--json", "--ckpt_path", make_checkpoint(max_score=torch.inf))
+    for flags, places in [(["--split"], [(1, 1), (2, 1), (1, 1)]), ([], [(None, None)] * 2)]:
+        digitnet(*predict, *flags)
+        assert [(one["number"], one["line"]) for one in json.loads(capsys.readouterr().out)] == places
 
 
 @pytest.mark.parametrize(

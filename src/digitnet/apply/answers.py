@@ -31,6 +31,7 @@ class Answer(NamedTuple):
     runner_up: int | None = None
     runner_up_confidence: float | None = None
     number: int | None = None  # with --split: which digit on the sheet, from 1
+    line: int | None = None  # with --split: which line it stands in, from 1
     steps: tuple[str, ...] = ()  # what was done to the picture
     message: str = ""  # what is wrong with the file
 
@@ -51,18 +52,18 @@ def read_pictures(
             answers.append(Answer(source.name, None, 0.0, "no digit", steps=("no ink found",)))
             images.append(None)
         else:
-            several = len(digits) > 1
             for number, digit in enumerate(digits, 1):
-                answers.append(to_answer(source.name, next(readings), digit.steps, number if several else None))
+                answers.append(to_answer(source.name, next(readings), digit, number))
                 images.append(digit.image)
     return answers, images
 
 
-def to_answer(file: str, reading: Reading, steps: tuple[str, ...], number: int | None) -> Answer:
-    """What a Reading says of a file."""
+def to_answer(file: str, reading: Reading, digit: Digit28, number: int) -> Answer:
+    """What a Reading says of a file, or of a digit of it, which has a number where several were looked for."""
     return Answer(
         file, reading.digit, round(reading.confidence, 6), reading.status,
-        reading.runner_up, round(reading.runner_up_confidence, 6), number, steps,
+        reading.runner_up, round(reading.runner_up_confidence, 6),
+        None if digit.line is None else number, digit.line, digit.steps,
     )  # fmt: skip
 
 

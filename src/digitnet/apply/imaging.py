@@ -41,10 +41,12 @@ class Digit28(NamedTuple):
     Attributes:
         image: (28, 28) uint8 in [0, 255]; ink is bright, paper is 0.
         steps: what was done to the picture, in words for people: "turned by EXIF", "inverted", "2 specks dropped".
+        line: of a sheet with several digits the line it stands in, from 1; None where one digit was looked for.
     """
 
     image: np.ndarray
     steps: tuple[str, ...]
+    line: int | None = None
 
 
 def normalize(picture: Image.Image, invert: Invert = "auto") -> Digit28 | None:

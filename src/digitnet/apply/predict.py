@@ -43,7 +43,8 @@ def predict(
         ckpt_path: the trained checkpoint; the newest run's best by default.
         invert: yes where ink is darker than paper, no where it is brighter; auto looks at the border.
         split: find several digits in each picture.
-        json: print a list of objects: file, digit (null where there is none), confidence, status, and more.
+        json: print a list of objects: file, digit (null where there is none), confidence, status, and more; of a sheet
+            that was split, the number and the line of each digit, from 1.
         csv: print the same as comma-separated values.
         save_preprocessed: a folder for contact sheets of what the network saw.
 

@@ -40,7 +40,7 @@ def split_digits(picture: Image.Image, invert: Invert = "auto") -> list[Digit28]
         invert: as for ``normalize``.
 
     Returns:
-        The digits; none on a blank sheet.
+        The digits, each with its line; none on a blank sheet.
     """
     flat, sheet_steps = cut_to_sheet(flatten(picture))
     if max(flat.size) > SHEET_SIDE:  # not by a whole factor, which could halve what little there is of small digits
@@ -85,7 +85,8 @@ def split_digits(picture: Image.Image, invert: Invert = "auto") -> list[Digit28]
         drawn, box = cut_out(ink, labels, boxes, group)
         image, width_step = to_mnist(drawn)
         found.append((box, Digit28(image, (*steps, *width_step))))
-    return [digit for _, digit in reading_order(found)]
+    lines = enumerate(to_lines(found), start=1)
+    return [digit._replace(line=number) for number, line in lines for _, digit in line]
 
 
 def without_frames(ink: Ink, labels: np.ndarray, boxes: np.ndarray, other: np.ndarray) -> Ink | None:
@@ -217,8 +218,8 @@ def digit_groups(boxes: np.ndarray, whole: np.ndarray) -> tuple[list[np.ndarray]
     return digits, int((~is_digit & ~is_speck).sum())
 
 
-def reading_order(found: list[tuple[Box, Digit28]]) -> list[tuple[Box, Digit28]]:
-    """Line by line, from left to right.
+def to_lines(found: list[tuple[Box, Digit28]]) -> list[list[tuple[Box, Digit28]]]:
+    """The lines of a sheet, from the top down; in each, what is found from left to right.
 
     A line goes on with what overlaps its last digit by half the smaller height. Two lines are one that jumps where none
     of it lies above or below another part, and their middles are as near as no two lines' are.
@@ -244,7 +245,7 @@ def reading_order(found: list[tuple[Box, Digit28]]) -> list[tuple[Box, Digit28]]
             whole[-1] = sorted(before + line, key=lambda one: one[0][1].start)
         else:
             whole.append(line)
-    return [one for line in whole for one in line]
+    return whole
 
 
 def overlap(a: slice, b: slice) -> float:
