@@ -1,7 +1,7 @@
 """How many mistakes committees of two, three or more of a protocol's networks make, every choice of them.
 
-    python -m digitnet protocol configs/best_zoom.yaml --seeds 5
-    python benchmarks/committees.py lightning_logs/protocol/best_zoom-????????
+    python -m digitnet protocol configs/best.yaml --seeds 5
+    python benchmarks/committees.py lightning_logs/protocol/best-????????
 
 Each network answers for the 10,000 classic test images once; committees are means of these probabilities, as
 digitnet.model.Committee's are. Choices that share members are not independent, so the spread among them says little

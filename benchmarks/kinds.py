@@ -1,9 +1,9 @@
 """Writes MNIST with its two kinds apart: trained on one, a recipe is scored on the other, 30,000 images, other writers.
 
     python benchmarks/kinds.py kinds/kinds.npz
-    cp configs/best.yaml kinds/                                       # the recipe
+    cp configs/best_digitnet.yaml kinds/                              # the recipe
     echo 'data: {source: kinds/kinds.npz}' > kinds/base.yaml          # goes with every config of its folder
-    python -m digitnet protocol kinds/best.yaml --seeds 1 --holdout 30000
+    python -m digitnet protocol kinds/best_digitnet.yaml --seeds 1 --holdout 30000
 
 Training images at even places come first, then those at odd places, then the test images, which are not scored: the
 30,000 held out are then all those at odd places, and what the table counts "at odd places" is half of them.

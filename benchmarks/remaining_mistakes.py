@@ -1,7 +1,7 @@
 """What the networks of a protocol still misread, sorted by what a person sees.
 
     python -m digitnet protocol configs/best.yaml --seeds 5
-    python benchmarks/remaining_mistakes.py lightning_logs/protocol/best-???????? results/remaining_mistakes.csv
+    python benchmarks/remaining_mistakes.py lightning_logs/protocol/best-???????? results/remaining_mistakes_zoom.csv
 
 The table has a row for each of the 10,000 test images that one of the networks or more misread: index, label, the digit
 most of those read, how many of them, and the verdict of somebody who looked at it. Rows that are missing are added with

@@ -366,11 +366,11 @@ def test_the_table_has_every_seed_their_mean_and_spread() -> None:
             "hardware": "another",
         },
     ]
-    table = render_table(Path("configs/best.yaml"), results)
+    table = render_table(Path("configs/best_digitnet.yaml"), results)
     assert "| 42 | 3 | 1 | 1 | 1 | 1 | 10 s |" in table
     assert "| 43 | 1 | 1 | 0 | 2 | 0 | 20 s |" in table
     assert "| **mean ± sd** | 2.0 ± 1.4 | 1.0 ± 0.0 | 0.5 ± 0.7 | 1.5 ± 0.7 | 0.5 ± 0.7 | 15.0 ± 7.1 s |" in table
-    assert "python -m digitnet protocol configs/best.yaml --seeds 2" in table
+    assert "python -m digitnet protocol configs/best_digitnet.yaml --seeds 2" in table
     assert "3 epochs on all 60,000 training images of mnist, scored at the last epoch, once per seed, as docs" in table
     assert "says. a machine, torch 2, 2026-01-02; another, torch 2, 2026-01-02: " in table
 
