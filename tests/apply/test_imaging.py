@@ -870,3 +870,34 @@ def test_split_tells_of_what_is_far_smaller_than_the_others() -> None:
     digits = split_digits(picture)
     assert len(digits) == 3
     assert all("1 small piece left out" in digit.steps for digit in digits)
+
+
+@pytest.mark.parametrize(
+    ("num_large", "height", "rows", "gap"),
+    [(1, 260, [7, 7, 7, 7], 20), (1, 170, [7], 60), (3, 240, [10], 45), (3, 180, [5], 45)],
+)
+def test_split_reads_lines_of_small_digits_below_larger_ones(
+    num_large: int, height: int, rows: list[int], gap: int
+) -> None:
+    picture, draw = page((1000, 900))
+    for column in range(num_large):
+        draw.rectangle((60 + 200 * column, 30, 80 + 200 * column, 29 + height), 0)
+        draw.rectangle(
+            (60 + 200 * column, 9 + height, 160 + 200 * column, 29 + height), 0
+        )  # with a foot, or it is a bar
+    for row, num in enumerate(rows):
+        top = 30 + height + gap + 100 * row
+        for column in range(num):
+            draw.rectangle((55 + 90 * column, top, 65 + 90 * column, top + 79), 0)
+    lines = [digit.line for digit in split_digits(picture)]
+    assert lines == [1] * num_large + [2 + row for row, num in enumerate(rows) for _ in range(num)]
+
+
+def test_split_takes_the_bar_of_a_fraction_for_a_piece_of_neither_digit() -> None:
+    picture, draw = page((800, 500))
+    for left, top in ((100, 150), (250, 150), (500, 60), (500, 200)):
+        draw.rectangle((left, top, left + 12, top + 99), 0)
+    draw.rectangle((440, 176, 572, 183), 0)
+    digits = split_digits(picture)
+    assert len(digits) == 4
+    assert all("1 small piece left out" in digit.steps for digit in digits)

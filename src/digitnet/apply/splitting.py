@@ -29,6 +29,8 @@ from digitnet.apply.sheet import cut_to_sheet
 
 SMALLEST = 8  # pixels of a sheet at SHEET_SIDE: no digit on it is smaller
 BLOT = 20  # times the ink of a usual piece
+SMALL = 0.55  # of the digits' height: a lower piece may be one of a broken digit
+CROWD = 3  # times as many: then the smaller ones are the digits
 JUMP = 0.7  # of the digits' height: two lines lie further apart
 
 
@@ -191,16 +193,8 @@ def digit_groups(boxes: np.ndarray, whole: np.ndarray) -> tuple[list[np.ndarray]
         Of each digit its pieces' places (K,); and how many are left out as they are far smaller than the others, but no
         specks.
     """
-    heights, widths = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
-    usual = np.median(heights[whole][heights[whole] >= 0.5 * heights[whole].max()])
-    pairs: list[np.ndarray] = [np.zeros((0, 2), int)]
-    for i in np.flatnonzero(whole & (heights < 0.55 * usual)):  # piece by piece: there may be thousands of either
-        gaps = np.maximum(boxes[i, :2], boxes[:, :2]) - np.minimum(boxes[i, 2:], boxes[:, 2:])  # (N, 2), overlap < 0
-        stacked = (-gaps[:, 1] > 0.5 * np.minimum(widths[i], widths)) & (gaps[:, 0] < 0.25 * usual)
-        against = gaps.max(1) < 0.1 * usual
-        others = np.flatnonzero((stacked | against) & whole)
-        pairs.append(np.column_stack([np.full_like(others, i), others]))
-    one, other = np.concatenate(pairs).T
+    usual = find_usual_height((boxes[:, 2] - boxes[:, 0])[whole])
+    one, other = find_joins(boxes, whole, usual).T
     joined = sparse.coo_array((np.ones(len(one)), (one, other)), shape=(len(boxes), len(boxes)))
     _, groups = csgraph.connected_components(joined, directed=False)
     order = np.flatnonzero(whole)[np.argsort(groups[whole], kind="stable")]
@@ -216,6 +210,48 @@ def digit_groups(boxes: np.ndarray, whole: np.ndarray) -> tuple[list[np.ndarray]
         is_digit[i] = not (beside & hangs & (sizes[:, 0] >= 0.5 * usual)).any()
     digits = [m for m, found in zip(members, is_digit & ~is_speck, strict=True) if found]
     return digits, int((~is_digit & ~is_speck).sum())
+
+
+def find_joins(boxes: np.ndarray, whole: np.ndarray, usual: float) -> np.ndarray:
+    """Which small piece (N, 4) belongs to the same digit as which other piece, or to none but itself: (P, 2) places.
+
+    Args:
+        boxes: (N, 4) of each piece: top, left, bottom, right.
+        whole: (N,) bool, those that are looked at.
+        usual: how high a digit is.
+    """
+    heights, widths = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    is_small = heights < SMALL * usual
+    pairs: list[np.ndarray] = [np.zeros((0, 2), int)]
+    for i in np.flatnonzero(whole & is_small):  # piece by piece: there may be thousands of either
+        gaps = np.maximum(boxes[i, :2], boxes[:, :2]) - np.minimum(boxes[i, 2:], boxes[:, 2:])  # (N, 2), overlap < 0
+        # As high as a digit together, or the one far smaller: small digits in a line under larger ones are neither.
+        together = np.maximum(boxes[i, 2], boxes[:, 2]) - np.minimum(boxes[i, 0], boxes[:, 0])  # (N,)
+        is_usual = together < 1.1 * usual
+        digit = np.where(is_usual, together, np.maximum(heights[i], heights))
+        reach = np.where(is_usual, np.inf, 0.5 * max(heights[i], widths[i]))
+        is_over = -gaps[:, 1] > 0.5 * np.minimum(widths[i], widths)
+        stacked = is_over & (gaps[:, 0] < np.minimum(0.25 * digit, reach))
+        against = gaps.max(1) < 0.1 * digit
+        others = np.flatnonzero((stacked | against) & whole)
+        large = others[~is_small[others]]
+        if len(large) > 1:  # two digits: it is a piece of the nearer one or, as the bar of a fraction, of neither
+            near, next_near = np.argsort(gaps[large].max(1), kind="stable")[:2]
+            apart = gaps[large].max(1)[[near, next_near]]
+            is_between = stacked[large[[near, next_near]]].all() and apart[1] < 2 * apart[0]
+            others = np.setdiff1d(others, large if is_between else np.delete(large, near))
+        pairs.append(np.column_stack([np.full_like(others, i), others]))
+    return np.concatenate(pairs)
+
+
+def find_usual_height(heights: np.ndarray) -> float:
+    """How high the digits are of which these pieces (N,) are: the few that are far higher, as a headline, left out."""
+    while True:
+        usual = float(np.median(heights[heights >= 0.5 * heights.max()]))
+        is_small = heights < SMALL * usual
+        if (is_small & (heights >= 0.25 * usual)).sum() < CROWD * (~is_small).sum():
+            return usual
+        heights = heights[is_small]
 
 
 def to_lines(found: list[tuple[Box, Digit28]]) -> list[list[tuple[Box, Digit28]]]:
