@@ -116,13 +116,17 @@ def test_float16_refuses_to_clip_before_a_fused_optimizer_unscales() -> None:
         verify_clipping(trainer, torch.optim.Adam(parameters, fused=True))
 
 
-def test_a_run_that_a_threshold_ended_stays_ended(digitnet: Run, tmp_path: Path) -> None:
+def test_a_run_that_a_threshold_ended_stays_ended(
+    digitnet: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     last = tmp_path / "lightning_logs" / "quickstart" / "version_0" / "checkpoints" / "last.ckpt"
     threshold = "--early_stopping.stopping_threshold"
     assert digitnet("fit", "--config", QUICKSTART, *SHORT, "--trainer.max_epochs", 3, threshold, 0.01) == 0
     for more, epoch in (((), 0), ((threshold, "null"), 2), (("--trainer.max_epochs", 5), 4)):
         assert digitnet("fit", "--ckpt_path", "last", *more) == 0
         assert torch.load(last, weights_only=True)["epoch"] == epoch
+        assert ("early stopping: Stopping threshold reached" in caplog.text) == (not more)
+        caplog.clear()
 
 
 def test_each_machine_stops_at_its_first_process() -> None:

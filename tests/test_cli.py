@@ -270,7 +270,10 @@ def test_patience_of_none_stops_at_the_first_epoch_that_is_no_better(
     still = ("--model.optimizer.lr", 0, "--early_stopping.patience", 0)
     assert digitnet("fit", "--config", QUICKSTART, *SHORT, "--trainer.max_epochs", 5, *still) == 0
     assert len(scalars(tmp_path / "lightning_logs" / "quickstart" / "version_0", "val/loss")) == 2
+    told = "early stopping: val/acc was no better in the last validation; for more, --early_stopping.patience 2"
+    assert caplog.messages.count(told) == 1
     assert digitnet("fit", "--ckpt_path", "last") == 0
+    assert caplog.messages.count(told) == 2
     assert "nothing was trained" in caplog.text
 
 
@@ -713,6 +716,12 @@ def test_digits_that_were_trained_on_are_told_of_in_whatever_way_their_file_is_n
         assert any(f"was trained on {known} of these 97" in text for text in caplog.messages) == bool(known)
         folder = tmp_path / ("mine_report" if known else "mine_report_other")
         assert json.loads((folder / "metrics.json").read_text())["num_trained_on"] == known
+    Path("more").mkdir()
+    Path("other.npz").rename("more/other.npz")  # of the same name, and so of another folder
+    assert digitnet("test", "--ckpt_path", "mine.ckpt", *flags[:1], "more/other.npz", *flags[2:]) == 0
+    found = {path.parent.name: json.loads(path.read_text())["dataset"] for path in tmp_path.rglob("metrics.json")}
+    assert found["mine_report_other"] == "other.npz"
+    assert found["mine_report_other_2"] == "more/other.npz"
 
 
 def test_processes_that_share_the_work_take_the_same_checkpoint(
@@ -760,7 +769,7 @@ def test_a_run_with_a_second_logger_goes_on(digitnet: Run, tmp_path: Path, caplo
 
 
 def test_without_a_logger_a_stopped_training_goes_on_by_the_same_command(
-    digitnet: Run, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    digitnet: Run, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ("fit", "--config", QUICKSTART, *SHORT, "--trainer.logger", "false")
     step = DigitClassifier.training_step
@@ -775,6 +784,9 @@ def test_without_a_logger_a_stopped_training_goes_on_by_the_same_command(
         assert digitnet(*command) == 130
     (told,) = [text for text in caplog.messages if "To go on: the same command and --ckpt_path " in text]
     last = told.rpartition(" ")[2]
+    assert digitnet("test") == 1
+    here = Path("checkpoints", "best.ckpt")
+    assert f"under lightning_logs/ yet; for {here}, type --ckpt_path {here}" in capsys.readouterr().err
     assert digitnet(*command, "--ckpt_path", last) == 0
     assert torch.load(last, weights_only=True)["epoch"] == 1
 

@@ -81,6 +81,15 @@ class RunEarlyStopping(EarlyStopping):
         ended = self.has_met_threshold or self.wait_count >= max(self.patience, 1)
         trainer.should_stop = trainer.should_stop or ended
 
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say that it was this; Lightning tells of other ends alone."""
+        if self.wait_count >= max(self.patience, 1):
+            last = "validation" if self.wait_count == 1 else f"{self.wait_count} validations"
+            more = f"--early_stopping.patience {2 * self.wait_count}"
+            rank_zero_info(f"early stopping: {self.monitor} was no better in the last {last}; for more, {more}")
+        elif trainer.should_stop and self.stopping_reason_message:
+            rank_zero_info(f"early stopping: {self.stopping_reason_message}")
+
 
 class WholeCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint whole or not at all; Lightning's own may be stopped while it copies onto the only one."""

@@ -33,9 +33,9 @@ def find_newest(filename: str) -> Path:
         path for path in LOG_DIR.glob(f"**/checkpoints/{filename}") if not (path.parents[1] / "result.json").exists()
     ]
     if not found:
-        raise FileNotFoundError(
-            f"no run has a checkpoints/{filename} under {LOG_DIR}/ yet; train one first: {FIT_HINT}"
-        )
+        here = Path("checkpoints", filename)  # of a training without a logger
+        hint = f"for {here}, type --ckpt_path {here}" if here.is_file() else f"train one first: {FIT_HINT}"
+        raise FileNotFoundError(f"no run has a checkpoints/{filename} under {LOG_DIR}/ yet; {hint}")
     return max(found, key=lambda path: path.stat().st_mtime)
 
 

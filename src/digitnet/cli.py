@@ -70,7 +70,7 @@ from digitnet.machine import choose_precision, keep_freed_memory
 from digitnet.parsing import HelpFormatter, OneLineErrors
 from digitnet.pictures import Pictures
 from digitnet.run_folder import claim_folder
-from digitnet.scores import WriteScores
+from digitnet.scores import WriteScores, find_other_folder
 
 # What the table of runs shows of the trainer, as it changes what is learned.
 SUMMARIZED = ("max_epochs", "max_steps", "gradient_clip_val", "accumulate_grad_batches", "check_val_every_n_epoch")
@@ -332,7 +332,7 @@ class DigitCLI(LightningCLI):
             source = self.config[self.subcommand].data.source
             is_own = is_same_source(self.trained_on.get("source", source), source)
             if not is_own:  # what it made of its own data stays
-                folder = folder.with_name(f"{folder.name}_{Path(source).absolute().stem}")
+                folder = find_other_folder(folder.with_name(f"{folder.name}_{Path(source).absolute().stem}"), source)
             self.tested_folder = self.run_dir if self.run_dir and is_own else folder
             callbacks.append(WriteScores(self.checkpoint, folder, self.command))
         plugins = settings.plugins or []

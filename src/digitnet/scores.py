@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import yaml
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from digitnet.checkpoints import count_trained_on, find_run, read_data_settings, read_temperature
+from digitnet.checkpoints import count_trained_on, find_run, is_same_source, read_data_settings, read_temperature
 from digitnet.data import find_data
 from digitnet.files import write_file, write_json
 from digitnet.machine import describe_environment
@@ -53,6 +55,22 @@ class CollectScores(Callback):
         indices = torch.cat([torch.arange(rank, len(labels), trainer.world_size) for rank in range(trainer.world_size)])
         order = indices.argsort()
         return logits[order], labels[order]
+
+
+def find_other_folder(folder: Path, source: str) -> Path:
+    """Where the scores on a source go: this folder or, where it holds those on another of that name, folder_2 ..."""
+    found, number = folder, 1
+    while (held := _read_source(found)) is not None and not is_same_source(held, source):
+        number += 1
+        found = folder.with_name(f"{folder.name}_{number}")
+    return found
+
+
+def _read_source(folder: Path) -> str | None:
+    for name in ("metrics.json", "validate_metrics.json"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return str(json.loads((folder / name).read_text())["dataset"])
+    return None
 
 
 class WriteScores(CollectScores):

@@ -195,6 +195,16 @@ def test_the_history_names_the_first_best_epoch(reported_run: Path) -> None:
     assert said in read_page(reported_run).text
 
 
+def test_a_run_that_was_gone_on_with_after_its_test_is_told_of(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report(run)
+    assert "written anew" not in capsys.readouterr().out
+    write_events(run, 3, [0.98])
+    report(run)
+    said = "best.ckpt was written anew after the test, in epoch 4; test again: python -m digitnet test --ckpt_path "
+    assert said in capsys.readouterr().out
+    assert "Its weights were kept, after this test, which scored earlier ones: test again." in read_page(run).text
+
+
 @pytest.mark.parametrize("name", ["events.out.tfevents.0", "events.out.tfevents.9999999999"])
 def test_an_epoch_begun_again_after_a_stop_counts_as_it_ran_last(run: Path, name: str) -> None:
     before = set(run.glob("events*"))

@@ -71,6 +71,8 @@ def report(run: Path | None = None) -> None:
         raise ValueError(f"{folder / 'predictions.csv'}: {error}; test again: {test_command}") from error
     history = None if is_outside else load_history(run, _find_monitored(config))
     page, charts = build_report(run, metrics, config, results, history, is_mnist=_is_mnist(digits))
+    if history is not None and (epoch := _find_newer_best(metrics, config, history)):
+        print(f"{metrics['checkpoint']} was written anew after the test, in epoch {epoch}; test again: {test_command}")
     for name, png in charts.items():
         write_file(folder / f"{name}.png", png)
     write_file(folder / "report.html", page)
@@ -237,7 +239,7 @@ def build_report(
         calibration=_tell_calibration(metrics.get("temperature")),
         facts=_list_facts(metrics, config, history),
         charts={name: embed_png(png) for name, png in charts.items()},
-        history=_tell_history(history, best) if history is not None else None,
+        history=_tell_history(history, best, _find_newer_best(metrics, config, history)) if history else None,
         is_outside=not config,
         confusion_alt=_describe_confusions(labels, predictions),
         mistakes=[_card(results, i, seen) for i in wrong[:MAX_CARDS]],
@@ -312,7 +314,16 @@ def _find_best_epoch(history: History, monitored: str) -> int | None:
     return int(np.nanargmin(values) if monitored.endswith("loss") else np.nanargmax(values))
 
 
-def _tell_history(history: History, best: int | None) -> dict[str, str]:
+def _find_newer_best(metrics: dict[str, Any], config: dict[str, Any], history: History) -> int | None:
+    """The best epoch by now, counted from 1, where the ``best.ckpt`` that was tested is of an earlier one."""
+    best, tested = _find_best_epoch(history, _find_monitored(config)), metrics.get("epoch")
+    if best is None or not isinstance(tested, int) or Path(str(metrics.get("checkpoint"))).name != "best.ckpt":
+        return None
+    epoch = int(history.epochs[best])
+    return epoch if tested + 1 < epoch else None
+
+
+def _tell_history(history: History, best: int | None, newer: int | None) -> dict[str, str]:
     last = int(history.epochs[-1])
     if best is None:
         alt = f"Loss and accuracy of training over {figures.format_count(last, 'epoch')}."
@@ -322,7 +333,7 @@ def _tell_history(history: History, best: int | None) -> dict[str, str]:
     text = (
         f"The best epoch, counted from 1, was {epoch} of {last}: {'' if np.isnan(history.val_acc[best]) else val}"
         f"training accuracy {100 * history.train_acc[best]:.2f} %, loss {history.train_loss[best]:.4f}. "
-        "Its weights were kept."
+        f"Its weights were kept{'.' if newer is None else ', after this test, which scored earlier ones: test again.'}"
     )
     alt = f"Loss and accuracy of training and validation over {last} epochs; the best, {epoch}, is marked."
     return {"text": text, "alt": alt}
