@@ -30,7 +30,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from digitnet.__main__ import COMMANDS, load_function
 from digitnet.apply.predictor import Predictor
-from digitnet.checkpoints import read_data_settings
+from digitnet.checkpoints import is_same_source, read_data_settings
 from digitnet.classifier import DigitClassifier
 from digitnet.cli import CHOSEN, DigitCLI
 from digitnet.data import load_bundled_digits
@@ -270,7 +270,7 @@ def test_patience_of_none_stops_at_the_first_epoch_that_is_no_better(
     still = ("--model.optimizer.lr", 0, "--early_stopping.patience", 0)
     assert digitnet("fit", "--config", QUICKSTART, *SHORT, "--trainer.max_epochs", 5, *still) == 0
     assert len(scalars(tmp_path / "lightning_logs" / "quickstart" / "version_0", "val/loss")) == 2
-    told = "early stopping: val/acc was no better in the last validation; for more, --early_stopping.patience 2"
+    told = "early stopping: val/acc was no better once; for more, --early_stopping.patience 2"
     assert caplog.messages.count(told) == 1
     assert digitnet("fit", "--ckpt_path", "last") == 0
     assert caplog.messages.count(told) == 2
@@ -722,6 +722,21 @@ def test_digits_that_were_trained_on_are_told_of_in_whatever_way_their_file_is_n
     found = {path.parent.name: json.loads(path.read_text())["dataset"] for path in tmp_path.rglob("metrics.json")}
     assert found["mine_report_other"] == "other.npz"
     assert found["mine_report_other_2"] == "more/other.npz"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("mnist", "mnist", True), ("digits", "./digits", False), ("mnist", "mine/../mnist", False),
+        ("mine.npz", "./mine.npz", True), ("mine.npz", "~nosuchuser/mine.npz", False), ("loop", "mine.npz", False),
+    ],
+)  # fmt: skip
+def test_a_source_is_a_name_or_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one: str, other: str, same: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    assert is_same_source(one, other) is is_same_source(other, one) is same
 
 
 def test_processes_that_share_the_work_take_the_same_checkpoint(

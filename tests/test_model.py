@@ -100,6 +100,10 @@ def test_upright_net_is_digitnet_on_deslanted_images() -> None:
     x = affine(deslant(images.float() / 255), none, torch.zeros(10, 2), zoom=none + 8 / 7)
     x = (x - x.mean(dim=(2, 3), keepdim=True)) / x.std(dim=(2, 3), keepdim=True, correction=0)
     torch.testing.assert_close(net(images), net.behind(x), rtol=1e-3, atol=1e-3)
+    # Only the shape of the light counts, not how bright it is; an empty image has none.
+    upright = (images + images.flip(-1)) / 510  # leaning to neither side, whatever the paper
+    torch.testing.assert_close(net(0.2 + 0.5 * upright), net(upright), rtol=1e-2, atol=1e-2)
+    assert net(torch.zeros(1, 1, 28, 28)).isfinite().all()
 
 
 def test_zoom_net_is_digitnet_on_what_is_upright_and_near() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import signal
 import threading
 import time
@@ -24,7 +25,7 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from digitnet.calibrate import fit_calibration
-from digitnet.checkpoints import find_run, is_whole, save_checkpoint
+from digitnet.checkpoints import is_whole, save_checkpoint
 from digitnet.classifier import DigitClassifier
 from digitnet.data import MNISTDataModule, find_data
 from digitnet.files import shorten, tell_command, write_file
@@ -84,9 +85,9 @@ class RunEarlyStopping(EarlyStopping):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say that it was this; Lightning tells of other ends alone."""
         if self.wait_count >= max(self.patience, 1):
-            last = "validation" if self.wait_count == 1 else f"{self.wait_count} validations"
+            often = "once" if self.wait_count == 1 else f"{self.wait_count} times in a row"
             more = f"--early_stopping.patience {2 * self.wait_count}"
-            rank_zero_info(f"early stopping: {self.monitor} was no better in the last {last}; for more, {more}")
+            rank_zero_info(f"early stopping: {self.monitor} was no better {often}; for more, {more}")
         elif trainer.should_stop and self.stopping_reason_message:
             rank_zero_info(f"early stopping: {self.stopping_reason_message}")
 
@@ -418,12 +419,15 @@ class StopCleanly(Callback):
         # Lightning names the file before it is written.
         path = last.best_model_path if last and Path(last.best_model_path).is_file() else ""
         again = tell_command("fit", "--ckpt_path", path)
-        if not find_run(Path(path)):  # as without a logger: there is no config beside it
-            again = f"the same command and --ckpt_path {path}"
+        if not trainer.loggers:  # there is no config beside it
+            again = f"the same command and --ckpt_path {shlex.quote(path)}"
+        can_go_on = not trainer.loggers or isinstance(trainer.loggers[0], TensorBoardLogger)
         epoch = trainer.current_epoch
         if path and was_calibrating:
-            rank_zero_info(f"stopped while calibrating, the training done. To calibrate: {again}")
+            to = f" To calibrate: {again}" if can_go_on else ""
+            rank_zero_info(f"stopped while calibrating, the training done.{to}")
         elif path:
-            rank_zero_info(f"stopped in epoch {epoch}; the epochs before it are kept. To go on: {again}")
+            to = f" To go on: {again}" if can_go_on else ""
+            rank_zero_info(f"stopped in epoch {epoch}; the epochs before it are kept.{to}")
         else:
             rank_zero_info(f"stopped in epoch {epoch}, before the first checkpoint; nothing is kept")

@@ -58,19 +58,19 @@ class CollectScores(Callback):
 
 
 def find_other_folder(folder: Path, source: str) -> Path:
-    """Where the scores on a source go: this folder or, where it holds those on another of that name, folder_2 ..."""
+    """Where the scores on a source go: this folder or, where it holds something else already, folder_2 ..."""
     found, number = folder, 1
-    while (held := _read_source(found)) is not None and not is_same_source(held, source):
+    while found.exists() and any(found.iterdir()) and not _holds(found, source):
         number += 1
         found = folder.with_name(f"{folder.name}_{number}")
     return found
 
 
-def _read_source(folder: Path) -> str | None:
+def _holds(folder: Path, source: str) -> bool:
     for name in ("metrics.json", "validate_metrics.json"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            return str(json.loads((folder / name).read_text())["dataset"])
-    return None
+            return is_same_source(str(json.loads((folder / name).read_text())["dataset"]), source)
+    return False
 
 
 class WriteScores(CollectScores):

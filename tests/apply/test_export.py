@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -73,9 +74,17 @@ def test_the_exported_file_sets_digits_upright(
     assert "40 test images: the same digits" in capsys.readouterr().out  # compared by the command
 
 
-@pytest.mark.parametrize("wrong", ["probabilities", "logits", "is_digit"])
+@pytest.mark.parametrize(
+    ("wrong", "by"), [("probabilities", 0.001), ("probabilities", math.nan), ("logits", 0.001), ("is_digit", 1)]
+)
 def test_a_file_that_differs_is_not_put_in_place(
-    digitnet: Run, trained_run: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, wrong: str
+    digitnet: Run,
+    trained_run: Path,
+    tmp_path: Path,
+    capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    wrong: str,
+    by: float,
 ) -> None:
     load = module.load_pt2
 
@@ -84,7 +93,7 @@ def test_a_file_that_differs_is_not_put_in_place(
 
         def run_wrongly(images: np.ndarray) -> dict[str, np.ndarray]:
             outputs = run(images)
-            return outputs | {wrong: ~outputs[wrong] if wrong == "is_digit" else outputs[wrong] + 0.001}
+            return outputs | {wrong: ~outputs[wrong] if wrong == "is_digit" else outputs[wrong] + by}
 
         return run_wrongly
 

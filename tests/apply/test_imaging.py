@@ -893,6 +893,19 @@ def test_split_reads_lines_of_small_digits_below_larger_ones(
     assert lines == [1] * num_large + [2 + row for row, num in enumerate(rows) for _ in range(num)]
 
 
+@pytest.mark.parametrize(("num_whole", "num_broken"), [(1, 1), (2, 2), (3, 3), (4, 2)])
+def test_split_joins_the_parts_of_broken_digits(num_whole: int, num_broken: int) -> None:
+    picture, draw = page((1000, 300))
+    for column in range(num_whole + num_broken):
+        left = 60 + 130 * column
+        draw.line([(left, 85), (left + 20, 135), (left, 185)], 0, 11)
+        for top in (113, 151) if column >= num_whole else ():
+            draw.rectangle((left - 10, top, left + 40, top + 4), 255)  # into three
+    digits = split_digits(picture)
+    assert len(digits) == num_whole + num_broken
+    assert all(extent(digit.image)[0] == 20 for digit in digits)
+
+
 def test_split_takes_the_bar_of_a_fraction_for_a_piece_of_neither_digit() -> None:
     picture, draw = page((800, 500))
     for left, top in ((100, 150), (250, 150), (500, 60), (500, 200)):

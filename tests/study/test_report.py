@@ -346,9 +346,9 @@ def test_a_run_on_the_last_5000_is_not_put_among_lecuns_figures(tmp_path: Path) 
         (
             "upright",
             {"class_path": "torchvision.transforms.v2.Compose", "init_args": {"transforms": [
-                {"class_path": "digitnet.RandomAffine"}, {"class_path": "digitnet.RandomDisturbance"},
+                {"class_path": "digitnet.RandomAffine"}, "mine.blur", {"class_path": "digitnet.RandomDisturbance"},
             ]}},
-            "RandomAffine, RandomDisturbance, slant",
+            "RandomAffine, blur, RandomDisturbance, slant",
         ),
     ],
 )  # fmt: skip
@@ -470,7 +470,9 @@ def test_what_to_type_names_the_checkpoint_that_was_tested_or_that_there_is(run:
     (run / "report" / "predictions.csv").unlink()
     assert find_told() == "last.ckpt"
     other = shutil.copytree(run / "report", run / "report_mine")  # on other data, of the same checkpoint
-    with pytest.raises(FileNotFoundError, match=r"--ckpt_path .*/checkpoints/last\.ckpt$"):
+    metrics, typed = json.loads((other / "metrics.json").read_text()), "python -m digitnet test --data.source mine.npz"
+    (other / "metrics.json").write_text(json.dumps(metrics | {"command": typed}))
+    with pytest.raises(FileNotFoundError, match=rf": {typed}$"):
         report(other)
     write_test(run, {}, checkpoint="elsewhere/epoch_3.ckpt")  # no longer there
     (run / "report" / "predictions.csv").unlink()

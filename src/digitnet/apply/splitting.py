@@ -193,7 +193,7 @@ def digit_groups(boxes: np.ndarray, whole: np.ndarray) -> tuple[list[np.ndarray]
         Of each digit its pieces' places (K,); and how many are left out as they are far smaller than the others, but no
         specks.
     """
-    usual = find_usual_height((boxes[:, 2] - boxes[:, 0])[whole])
+    usual = find_usual_height(boxes[whole])
     one, other = find_joins(boxes, whole, usual).T
     joined = sparse.coo_array((np.ones(len(one)), (one, other)), shape=(len(boxes), len(boxes)))
     _, groups = csgraph.connected_components(joined, directed=False)
@@ -244,14 +244,28 @@ def find_joins(boxes: np.ndarray, whole: np.ndarray, usual: float) -> np.ndarray
     return np.concatenate(pairs)
 
 
-def find_usual_height(heights: np.ndarray) -> float:
-    """How high the digits are of which these pieces (N,) are: the few that are far higher, as a headline, left out."""
+def find_usual_height(boxes: np.ndarray) -> float:
+    """How high the digits are of which these (N, 4) are pieces, the few far higher ones, as a headline, left out."""
     while True:
+        heights = boxes[:, 2] - boxes[:, 0]
         usual = float(np.median(heights[heights >= 0.5 * heights.max()]))
         is_small = heights < SMALL * usual
-        if (is_small & (heights >= 0.25 * usual)).sum() < CROWD * (~is_small).sum():
+        crowd, least = boxes[is_small & (heights >= 0.25 * usual)], CROWD * (~is_small).sum()
+        if len(crowd) < least or (~find_stacked(crowd)).sum() < least:
             return usual
-        heights = heights[is_small]
+        boxes = boxes[is_small]
+
+
+def find_stacked(boxes: np.ndarray) -> np.ndarray:
+    """Which pieces (N, 4) lie so close over or under another that they are parts of one digit: (N,) bool."""
+    heights, widths = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    stacked = np.zeros(len(boxes), bool)
+    for i in range(len(boxes)):
+        gaps = np.maximum(boxes[i, :2], boxes[:, :2]) - np.minimum(boxes[i, 2:], boxes[:, 2:])  # (N, 2), overlap < 0
+        over = -gaps[:, 1] > 0.5 * np.minimum(widths[i], widths)
+        over[i] = False
+        stacked[i] = (over & (gaps[:, 0] < 0.2 * np.maximum(heights[i], heights))).any()
+    return stacked
 
 
 def to_lines(found: list[tuple[Box, Digit28]]) -> list[list[tuple[Box, Digit28]]]:

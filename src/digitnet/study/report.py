@@ -61,7 +61,7 @@ def report(run: Path | None = None) -> None:
     is_outside = (run / "metrics.json").is_file()
     folder = run if is_outside else run / "report"
     metrics = load_metrics(run, folder)
-    test_command = _test_command(run, str(metrics.get("checkpoint", "")))
+    test_command = _test_command(run, str(metrics.get("checkpoint", "")), str(metrics.get("command", "")))
     predictions = load_predictions(folder, int(metrics["num_images"]), test_command)
     config = {} if is_outside else read_config(run / "config.yaml")
     digits = fetch_digits(metrics["dataset"], metrics.get("data_dir"))
@@ -446,6 +446,8 @@ def _name_augmentation(augmentation: Any) -> str:
     """Of a config: the class, or those that a Compose puts one after another; "none" without one."""
     if not augmentation:
         return "none"
+    if isinstance(augmentation, str):  # a function
+        return augmentation.rpartition(".")[2]
     name = str(augmentation.get("class_path")).rpartition(".")[2]
     parts = (augmentation.get("init_args") or {}).get("transforms")
     return ", ".join(map(_name_augmentation, parts)) if name == "Compose" and isinstance(parts, list) else name
@@ -475,13 +477,16 @@ def _score(value: float) -> str:
     return "-" if np.isnan(value) else f"{value:.4f}"
 
 
-def _test_command(run: Path, tested: str = "") -> str:
-    """What to type to test a run: the checkpoint tested before, else best.ckpt, else last.ckpt, as far as there."""
+def _test_command(run: Path, tested: str = "", typed: str = "") -> str:
+    """What to type to test a run: the checkpoint tested before, else best.ckpt, else last.ckpt, as far as there.
+
+    Of what a test on other data left, what was typed for it.
+    """
     if (run / "metrics.json").is_file():
-        if Path(tested).is_file():
-            return tell_command("test", "--ckpt_path", tested)
         folder = run if run.name else run.absolute()  # "." has no name
         checkpoint = folder.with_name(f"{folder.name.removesuffix('_report')}.ckpt")
+        if not checkpoint.is_file() and typed.startswith(tell_command("test")):
+            return typed
     else:
         candidates = [run / "checkpoints" / name for name in (Path(tested).name, "best.ckpt", "last.ckpt")]
         checkpoint = next((path for path in candidates if path.is_file()), candidates[1])
