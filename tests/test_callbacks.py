@@ -160,8 +160,8 @@ def test_weights_are_averaged_on_the_device_that_trains() -> None:
 def test_all_processes_know_the_best_score_or_none_does(tmp_path: Path, is_there: bool) -> None:
     best = str(tmp_path / "checkpoints" / "best.ckpt")  # which this process lacks
     keeper = RunCheckpoint(tmp_path / "checkpoints", monitor="val/acc", mode="max")
-    strategy = SimpleNamespace(broadcast=lambda mine: is_there)  # as the first process finds it
-    keeper._strategy = strategy  # type: ignore[assignment]
+    strategy: Any = SimpleNamespace(broadcast=lambda mine: is_there)  # as the first process finds it
+    keeper._strategy = strategy
     score = torch.tensor(0.9)
     keeper.load_state_dict({
         "best_model_path": best, "kth_best_model_path": best, "last_model_path": "", "best_k_models": {best: score},

@@ -274,7 +274,7 @@ class DigitCLI(LightningCLI):
                 # Lightning expands "~/runs" and "$SCRATCH" for a logger's own files, not for the checkpoints beside.
                 if value := settings.get(name):
                     settings[name] = os.path.expanduser(os.path.expandvars(value))  # noqa: PTH111  may be a URL
-        first = loggers[0] if loggers else None  # its folder is the run's
+        first = find_first_logger(config)
         is_tensorboard = str(getattr(first, "class_path", "")).endswith("TensorBoardLogger")
         if self.run_dir and not is_tensorboard:
             raise ValueError(
@@ -315,8 +315,7 @@ class DigitCLI(LightningCLI):
             summary = summarize(config, kwargs.get("precision", settings.precision), own)
             config.ckpt_path = None  # config.yaml describes a run, not this call; with it, a new one can be started
             if self.run_dir:
-                logger = config.trainer.logger
-                (logger[0] if isinstance(logger, list) else logger).init_args.version = None
+                find_first_logger(config).init_args.version = None
             configured = {key: self._get(self.config_init, key) for key in self._parser("fit").callback_keys}
             calibrate = configured.pop("calibration")
             callbacks += configured.values()
@@ -430,6 +429,12 @@ class DigitCLI(LightningCLI):
             if self.trainer.interrupted:
                 raise KeyboardInterrupt from stop
             raise
+
+
+def find_first_logger(config: Any) -> Any:
+    """The settings of the trainer's logger, or of the first of several: its folder is the run's. None without one."""
+    loggers = config.trainer.logger
+    return next(iter(loggers), None) if isinstance(loggers, list) else loggers or None
 
 
 def summarize(config: Any, precision: Any, callbacks: list[L.Callback]) -> dict[str, Any]:

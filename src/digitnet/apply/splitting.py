@@ -223,14 +223,13 @@ def find_joins(boxes: np.ndarray, whole: np.ndarray, usual: float) -> np.ndarray
     heights, widths = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     is_small = heights < SMALL * usual
     pairs: list[np.ndarray] = [np.zeros((0, 2), int)]
-    for i in np.flatnonzero(whole & is_small):  # piece by piece: there may be thousands of either
-        gaps = np.maximum(boxes[i, :2], boxes[:, :2]) - np.minimum(boxes[i, 2:], boxes[:, 2:])  # (N, 2), overlap < 0
+    for i in np.flatnonzero(whole & is_small).tolist():  # piece by piece: there may be thousands of either
+        gaps, is_over = measure_gaps(boxes, i)
         # As high as a digit together, or the one far smaller: small digits in a line under larger ones are neither.
         together = np.maximum(boxes[i, 2], boxes[:, 2]) - np.minimum(boxes[i, 0], boxes[:, 0])  # (N,)
         is_usual = together < 1.1 * usual
         digit = np.where(is_usual, together, np.maximum(heights[i], heights))
         reach = np.where(is_usual, np.inf, 0.5 * max(heights[i], widths[i]))
-        is_over = -gaps[:, 1] > 0.5 * np.minimum(widths[i], widths)
         stacked = is_over & (gaps[:, 0] < np.minimum(0.25 * digit, reach))
         against = gaps.max(1) < 0.1 * digit
         others = np.flatnonzero((stacked | against) & whole)
@@ -258,14 +257,24 @@ def find_usual_height(boxes: np.ndarray) -> float:
 
 def find_stacked(boxes: np.ndarray) -> np.ndarray:
     """Which pieces (N, 4) lie so close over or under another that they are parts of one digit: (N,) bool."""
-    heights, widths = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    heights = boxes[:, 2] - boxes[:, 0]
     stacked = np.zeros(len(boxes), bool)
     for i in range(len(boxes)):
-        gaps = np.maximum(boxes[i, :2], boxes[:, :2]) - np.minimum(boxes[i, 2:], boxes[:, 2:])  # (N, 2), overlap < 0
-        over = -gaps[:, 1] > 0.5 * np.minimum(widths[i], widths)
-        over[i] = False
-        stacked[i] = (over & (gaps[:, 0] < 0.2 * np.maximum(heights[i], heights))).any()
+        gaps, is_over = measure_gaps(boxes, i)
+        is_over[i] = False
+        stacked[i] = (is_over & (gaps[:, 0] < 0.2 * np.maximum(heights[i], heights))).any()
     return stacked
+
+
+def measure_gaps(boxes: np.ndarray, i: int) -> tuple[np.ndarray, np.ndarray]:
+    """How far the pieces (N, 4) lie from one of them, and which lie over or under it.
+
+    Returns:
+        Gaps (N, 2) down and across, less than 0 where two overlap; and (N,) bool.
+    """
+    gaps = np.maximum(boxes[i, :2], boxes[:, :2]) - np.minimum(boxes[i, 2:], boxes[:, 2:])
+    widths = boxes[:, 3] - boxes[:, 1]
+    return gaps, -gaps[:, 1] > 0.5 * np.minimum(widths[i], widths)
 
 
 def to_lines(found: list[tuple[Box, Digit28]]) -> list[list[tuple[Box, Digit28]]]:

@@ -158,7 +158,7 @@ def protocol(
             result = score(run, seed, num_epochs, module, holdout)
             write_json(run / "result.json", result)
             print(f"seed {seed} is done: {result['train_s']:.0f} s of training", flush=True)
-            (run / "checkpoints" / "best.ckpt").unlink(missing_ok=True)  # nobody needs it
+            (run / "checkpoints" / "best.ckpt").unlink(missing_ok=True)  # the last epoch is what counts
             write_table(recipe, config, holdout)
     print(write_table(recipe, config, holdout))
 

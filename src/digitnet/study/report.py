@@ -217,9 +217,10 @@ def build_report(
         "reliability": figures.draw_reliability(confidences, results.correct),
         "least_sure": figures.draw_least_sure(images, labels, predictions, confidences, NUM_LEAST_SURE),
     }
-    best = None
+    best = newer = None
     if history is not None:
         best = _find_best_epoch(history, _find_monitored(config))
+        newer = _find_newer_best(metrics, config, history)
         drawn["history"] = figures.draw_history(history, best)
     charts = {name: figures.render(figure) for name, figure in drawn.items()}
     wrong = tallies.find_mistakes(labels, predictions, confidences)
@@ -239,7 +240,7 @@ def build_report(
         calibration=_tell_calibration(metrics.get("temperature")),
         facts=_list_facts(metrics, config, history),
         charts={name: embed_png(png) for name, png in charts.items()},
-        history=_tell_history(history, best, _find_newer_best(metrics, config, history)) if history else None,
+        history=_tell_history(history, best, newer) if history is not None else None,
         is_outside=not config,
         confusion_alt=_describe_confusions(labels, predictions),
         mistakes=[_card(results, i, seen) for i in wrong[:MAX_CARDS]],
