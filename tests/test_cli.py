@@ -32,10 +32,11 @@ from digitnet.__main__ import COMMANDS, load_function
 from digitnet.apply.predictor import Predictor
 from digitnet.checkpoints import is_same_source, read_data_settings
 from digitnet.classifier import DigitClassifier
-from digitnet.cli import CHOSEN, DigitCLI
+from digitnet.cli import DigitCLI
 from digitnet.data import load_bundled_digits
 from digitnet.guards import try_optimizer
 from digitnet.model import ARCHITECTURES
+from digitnet.origin import CHOSEN
 from digitnet.parsing import run_function
 from digitnet.views import see_near
 

@@ -40,23 +40,10 @@ from digitnet.callbacks import (
     WholeCheckpointIO,
     find_keeper,
 )
-from digitnet.checkpoints import (
-    FIT_HINT,
-    LOG_DIR,
-    choose_resumable,
-    count_trained_on,
-    find_folder,
-    find_newest,
-    find_run,
-    is_of_architecture,
-    is_same_source,
-    read_data_settings,
-    verify_checkpoint,
-)
+from digitnet.checkpoints import FIT_HINT, LOG_DIR, count_trained_on, find_folder, is_same_source
 from digitnet.classifier import DigitClassifier
 from digitnet.data import MNISTDataModule
-from digitnet.data.sources import NAMES
-from digitnet.files import shorten, tell_command
+from digitnet.files import tell_command
 from digitnet.guards import (
     FIXED,
     explain_failures,
@@ -67,9 +54,10 @@ from digitnet.guards import (
 )
 from digitnet.imports import limit_imports
 from digitnet.machine import choose_precision, keep_freed_memory
+from digitnet.origin import CHOSEN, Origin, choose_origin
 from digitnet.parsing import HelpFormatter, OneLineErrors
 from digitnet.pictures import Pictures
-from digitnet.run_folder import claim_folder
+from digitnet.run_folder import claim_folder, find_first_logger, prepare_loggers
 from digitnet.scores import WriteScores, find_other_folder
 
 # What the table of runs shows of the trainer, as it changes what is learned.
@@ -80,9 +68,6 @@ LEFT_OUT = {
     "logger": False, "fast_dev_run": False, "overfit_batches": 0.0, "limit_val_batches": None,
     "limit_test_batches": None,
 }  # fmt: skip
-# The environment variable in which the processes that share the work of this one find the newest checkpoint, as it was
-# found here: by then there may be a newer one.
-CHOSEN = "DIGITNET_CHOSEN_CKPT"
 USAGE = "python -m digitnet {} [--config FILE.yaml] [--flag value ...]"
 DESCRIPTIONS = {
     "fit": f"""Train a digit classifier.
@@ -129,9 +114,7 @@ class DigitCLI(LightningCLI):
     def __init__(self, args: list[str]) -> None:
         self.args = args
         self.command = tell_command(*args)
-        self.checkpoint: Path | None = None
-        self.run_dir: Path | None = None  # of the checkpoint, when it lies in a run's folder
-        self.trained_on: dict[str, Any] = {}  # the checkpoint's data
+        self.origin = Origin()
         self.stop = StopCleanly()
         try:
             super().__init__(
@@ -188,33 +171,15 @@ class DigitCLI(LightningCLI):
             verify_is_text(Path(path))
         ckpt_path = typed.ckpt_path
         if ckpt_path is not None and not {"-h", "--help"} & set(flags):
-            if ckpt_path not in ("best", "last"):
-                self.checkpoint = Path(ckpt_path)
-            elif CHOSEN in os.environ:
-                self.checkpoint = Path(os.environ[CHOSEN])
-            else:
-                self.checkpoint = find_newest(f"{ckpt_path}.ckpt")
-                os.environ[CHOSEN] = str(self.checkpoint)
-            if subcommand == "fit":
-                self.checkpoint, stored, damage = choose_resumable(self.checkpoint)
-                if damage:
-                    rank_zero_info(f"{damage}; going on from the one before it")
-            else:
-                stored = verify_checkpoint(self.checkpoint)
-            self.run_dir, self.trained_on = find_run(self.checkpoint), read_data_settings(stored)
-            if self.run_dir:
-                verify_is_text(self.run_dir / "config.yaml")
-                alone = [] if subcommand == "fit" else ["--trainer.num_nodes=1"]  # nobody starts the others to score
-                flags = ["--config", str(self.run_dir / "config.yaml"), *alone, *flags]
-            elif subcommand == "fit" and not typed.config:
-                raise ValueError(f"{self.checkpoint} lies outside a run: give the config it was trained with, --config")
-            else:  # it knows what it was trained on, at least
-                known = [f"--data.{name}={value}" for name, value in self.trained_on.items()]
-                flags = [*known, *flags]
-            del stored
-            rank_zero_info(f"{subcommand}: {self.checkpoint}")
-            if self.run_dir and typed.config:
-                rank_zero_info(f"{', '.join(typed.config)}: on top of the settings of {self.run_dir}")
+            origin = self.origin = choose_origin(ckpt_path, to_resume=subcommand == "fit")
+            if subcommand == "fit" and not (origin.run_dir or typed.config):
+                raise ValueError(
+                    f"{origin.checkpoint} lies outside a run: give the config it was trained with, --config"
+                )
+            flags = [*origin.to_flags(subcommand), *flags]
+            rank_zero_info(f"{subcommand}: {origin.checkpoint}")
+            if origin.run_dir and typed.config:
+                rank_zero_info(f"{', '.join(typed.config)}: on top of the settings of {origin.run_dir}")
         self.config = parser.parse_args([subcommand, *flags])
         config = self.config[subcommand]
         verify_sections(config, self._parser(subcommand).get_defaults())
@@ -223,28 +188,10 @@ class DigitCLI(LightningCLI):
         configured = config.get("ckpt_path")
         if configured and str(configured) != ckpt_path:  # read too late to find the run by it
             raise ValueError(f"a config has ckpt_path: {configured}; give it as a flag, --ckpt_path")
-        if self.checkpoint:
-            config.ckpt_path = str(self.checkpoint)
-        if subcommand == "fit" and self.run_dir:
-            self._verify_recipe(parser, config, self.run_dir / "config.yaml")
-
-    def _verify_recipe(self, parser: LightningArgumentParser, config: Any, path: Path) -> None:
-        """Refuse to go on with what Lightning would not take up.
-
-        It loads the old settings over another optimizer or schedule, and forgets what was best by another monitor.
-        """
-        before = parser.parse_args(["fit", "--config", str(path)])["fit"]
-        for section, name in (
-            ("model", "optimizer"),
-            ("model", "lr_scheduler"),
-            ("best_checkpoint", "monitor"),
-            ("best_checkpoint", "mode"),
-        ):
-            if config[section][name] != before[section][name]:
-                raise ValueError(
-                    f"{section}.{name} is not that of {path.parent}: going on keeps the run's; to train with another, "
-                    f"start anew: {tell_command('fit', '--config', path)}, and your flags"
-                )
+        if self.origin.checkpoint:
+            config.ckpt_path = str(self.origin.checkpoint)
+        if subcommand == "fit":
+            self.origin.verify_recipe(parser, config)
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning would let the checkpoint's hyper-parameters override what was typed."""
@@ -264,39 +211,12 @@ class DigitCLI(LightningCLI):
             config.model.teacher = config.model.selection = None
             return
         verify_settings(config)
-        loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
-        for settings in (getattr(logger, "init_args", None) or {} for logger in loggers):
-            if value := settings.get("sub_dir"):
-                raise ValueError(
-                    f"trainer.logger has sub_dir {value}, which splits a run over two folders; leave it out"
-                )
-            for name in ("save_dir", "name"):
-                # Lightning expands "~/runs" and "$SCRATCH" for a logger's own files, not for the checkpoints beside.
-                if value := settings.get(name):
-                    settings[name] = os.path.expanduser(os.path.expandvars(value))  # noqa: PTH111  may be a URL
-        first = find_first_logger(config)
-        is_tensorboard = str(getattr(first, "class_path", "")).endswith("TensorBoardLogger")
-        if self.run_dir and not is_tensorboard:
-            raise ValueError(
-                f"going on in {self.run_dir} takes a run whose first logger is a TensorBoardLogger; its config.yaml or "
-                "--trainer.logger names another"
-            )
-        if self.run_dir:
-            self._go_on_in(self.run_dir, first)
-        elif hasattr(first, "class_path") and not is_tensorboard:
-            rank_zero_info("trainer.logger: the first is no TensorBoardLogger, so a run that is stopped ends there")
+        prepare_loggers(config, self.origin.run_dir)
         if config.trainer.logger is False:
             self.save_config_callback = None  # there is no folder for it
             kept = Path(config.trainer.default_root_dir or ".", "checkpoints", "last.ckpt")
-            if kept.exists() and not self.checkpoint and not config.trainer.fast_dev_run:
+            if kept.exists() and not self.origin.checkpoint and not config.trainer.fast_dev_run:
                 raise ValueError(f"without a logger this run would replace {kept}; move it, or leave the logger in")
-
-    def _go_on_in(self, run_dir: Path, logger: Any) -> None:
-        """Make the logger write into an existing run's folder, where config.yaml will have the settings in force."""
-        run = Path(os.path.normpath(run_dir.absolute()))  # "." and ".." are no names
-        logger.init_args.save_dir = str(shorten(run.parent.parent))
-        logger.init_args.name = run.parent.name
-        logger.init_args.version = run.name
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         settings = self._get(self.config_init, "trainer")
@@ -314,7 +234,7 @@ class DigitCLI(LightningCLI):
             own = [one for one in callbacks if not isinstance(one, ProgressBar)]
             summary = summarize(config, kwargs.get("precision", settings.precision), own)
             config.ckpt_path = None  # config.yaml describes a run, not this call; with it, a new one can be started
-            if self.run_dir:
+            if self.origin.run_dir:
                 find_first_logger(config).init_args.version = None
             configured = {key: self._get(self.config_init, key) for key in self._parser("fit").callback_keys}
             calibrate = configured.pop("calibration")
@@ -326,14 +246,15 @@ class DigitCLI(LightningCLI):
                 callbacks.append(LearningRateMonitor(None if is_scheduled else "epoch"))
             callbacks.append(PrintEpochs())
         else:
-            assert self.checkpoint is not None
-            folder = find_folder(self.checkpoint, "report")
+            origin = self.origin
+            assert origin.checkpoint is not None
+            folder = find_folder(origin.checkpoint, "report")
             source = self.config[self.subcommand].data.source
-            is_own = is_same_source(self.trained_on.get("source", source), source)
+            is_own = is_same_source(origin.trained_on.get("source", source), source)
             if not is_own:  # what it made of its own data stays
                 folder = find_other_folder(folder.with_name(f"{folder.name}_{Path(source).absolute().stem}"), source)
-            self.tested_folder = self.run_dir if self.run_dir and is_own else folder
-            callbacks.append(WriteScores(self.checkpoint, folder, self.command))
+            self.tested_folder = origin.run_dir if origin.run_dir and is_own else folder
+            callbacks.append(WriteScores(origin.checkpoint, folder, self.command))
         plugins = settings.plugins or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), WholeCheckpointIO()]
         kwargs["enable_progress_bar"] = watched
@@ -346,30 +267,17 @@ class DigitCLI(LightningCLI):
         # Data, optimizer and log folder first: where one of them is wrong, no half-made run is left behind.
         self.datamodule.trainer = self.trainer  # which knows how many processes share the data
         self.datamodule.setup("fit")
-        self._verify_data(model)
-        verify_optimization(self.trainer, model, self.datamodule, goes_on=self.checkpoint is not None)
-        first_step = 0
-        if self.checkpoint:
-            stored = verify_checkpoint(self.checkpoint)
-            if not is_of_architecture(stored, model.net):
-                wanted = f"{model.hparams['architecture']} (columns {model.hparams['columns']})"
-                raise ValueError(
-                    f"{self.checkpoint} holds another architecture than {wanted}; to go on with it, leave "
-                    "model.architecture and model.columns out, or the config that names them; to train anew, the "
-                    "checkpoint"
-                )
-            num_epochs, limit = stored["epoch"] + 1, self.trainer.max_epochs
-            if limit not in (None, -1) and limit < num_epochs:
-                raise ValueError(
-                    f"trainer.max_epochs is {limit}, but {self.checkpoint} has trained {num_epochs} epochs; give more"
-                )
-            first_step = stored["global_step"]
-            del stored  # weights, averages and moments would stay for the whole training
+        self.origin.verify_data(self.datamodule, getattr(model.teacher, "data_settings", {}))
+        if self.datamodule.augmentation is not None:
+            images = self.datamodule.datasets[0].images[:8]
+            verify_augmentation(self.datamodule.augmentation, images.to(self.trainer.strategy.root_device))
+        verify_optimization(self.trainer, model, self.datamodule, goes_on=self.origin.checkpoint is not None)
+        first_step = self.origin.count_steps(model, self.trainer.max_epochs)
         with contextlib.ExitStack() as stack:
             for logger in self.trainer.loggers:
                 if isinstance(logger, TensorBoardLogger) and self.trainer.is_global_zero:
-                    stack.enter_context(claim_folder(logger, to_go_on=self.run_dir is not None))
-                    if self.run_dir:
+                    stack.enter_context(claim_folder(logger, to_go_on=self.origin.run_dir is not None))
+                    if self.origin.run_dir:
                         # TensorBoard forgets what a killed run logged after the checkpoint: it is logged again.
                         logger._kwargs["purge_step"] = first_step
             stack.enter_context(explain_failures(self.trainer))
@@ -388,29 +296,6 @@ class DigitCLI(LightningCLI):
                 "trainer.check_val_every_n_epoch, max_steps and limit_val_batches"
             )
 
-    def _verify_data(self, model: DigitClassifier) -> None:
-        """Refuse to leave out of training what has been trained on, and an augmentation that cannot be trained with."""
-        data = self.datamodule
-        for name, settings in (
-            ("model.teacher", getattr(model.teacher, "data_settings", {})),
-            (str(self.checkpoint), self.trained_on),
-        ):
-            if known := count_trained_on(settings, data.source, data.split[0]):
-                raise ValueError(
-                    f"data.split is {list(data.split)}, but {name} was trained on {known:,} of the images that it "
-                    f"leaves out of training; give {list(settings['split'])}, as {name} had it, or another"
-                )
-        ours = {"source": data.source, "split": list(data.split)}
-        for name, before in self.trained_on.items() if self.run_dir else ():
-            is_moved = name == "source" and not {before, data.source} & set(NAMES)  # a file of one's own
-            if ours[name] != before and not is_moved:
-                raise ValueError(
-                    f"data.{name} is {ours[name]}, but {self.run_dir} was trained with {before}, of which its best "
-                    "epoch and its calibration are; to train with another, start anew, without --ckpt_path"
-                )
-        if data.augmentation is not None:
-            verify_augmentation(data.augmentation, data.datasets[0].images[:8].to(self.trainer.strategy.root_device))
-
     def validate(self, model: DigitClassifier, **kwargs: Any) -> None:
         self._score(self.trainer.validate, 1, model, **kwargs)
 
@@ -420,7 +305,7 @@ class DigitCLI(LightningCLI):
     def _score(self, run: Callable[..., Any], part: int, model: DigitClassifier, **kwargs: Any) -> None:
         """Score a part of the split, the second or the third; say so where some of it was trained on."""
         start, num_images = sum(self.datamodule.split[:part]), self.datamodule.split[part]
-        if known := count_trained_on(self.trained_on, self.datamodule.source, start, num_images):
+        if known := count_trained_on(self.origin.trained_on, self.datamodule.source, start, num_images):
             rank_zero_info(f"the checkpoint was trained on {known:,} of these {num_images:,} images: it knows them")
         try:
             with explain_failures(self.trainer):
@@ -429,12 +314,6 @@ class DigitCLI(LightningCLI):
             if self.trainer.interrupted:
                 raise KeyboardInterrupt from stop
             raise
-
-
-def find_first_logger(config: Any) -> Any:
-    """The settings of the trainer's logger, or of the first of several: its folder is the run's. None without one."""
-    loggers = config.trainer.logger
-    return next(iter(loggers), None) if isinstance(loggers, list) else loggers or None
 
 
 def summarize(config: Any, precision: Any, callbacks: list[L.Callback]) -> dict[str, Any]:

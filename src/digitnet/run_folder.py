@@ -1,18 +1,62 @@
-"""A run's folder: one process's own while it is at work in it."""
+"""A run's folder: where its logger puts it, and one process's own while it is at work in it."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
 
-from digitnet.files import PART, make_writable, tell_command
+from digitnet.files import PART, make_writable, shorten, tell_command
 
 LOCK = ".lock"  # a file in each run's folder, held by the process that is at work in it
+
+
+def find_first_logger(config: Any) -> Any:
+    """The settings of the trainer's logger, or of the first of several: its folder is the run's. None without one."""
+    loggers = config.trainer.logger
+    return next(iter(loggers), None) if isinstance(loggers, list) else loggers or None
+
+
+def prepare_loggers(config: Any, run_dir: Path | None) -> None:
+    """Make the loggers write into one folder with the checkpoints, where a run goes on, the run's.
+
+    Args:
+        config: of ``fit``; changed in place.
+        run_dir: of the run to go on with; None for a new one.
+
+    Raises:
+        ValueError: a logger would write elsewhere, or the run cannot be gone on with.
+    """
+    loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
+    for settings in (getattr(logger, "init_args", None) or {} for logger in loggers):
+        if value := settings.get("sub_dir"):
+            raise ValueError(f"trainer.logger has sub_dir {value}, which splits a run over two folders; leave it out")
+        for name in ("save_dir", "name"):
+            # Lightning expands "~/runs" and "$SCRATCH" for a logger's own files, not for the checkpoints beside.
+            if value := settings.get(name):
+                settings[name] = os.path.expanduser(os.path.expandvars(value))  # noqa: PTH111  may be a URL
+    first = find_first_logger(config)
+    is_tensorboard = str(getattr(first, "class_path", "")).endswith("TensorBoardLogger")
+    if not run_dir:
+        if hasattr(first, "class_path") and not is_tensorboard:
+            rank_zero_info("trainer.logger: the first is no TensorBoardLogger, so a run that is stopped ends there")
+        return
+    if not is_tensorboard:
+        raise ValueError(
+            f"going on in {run_dir} takes a run whose first logger is a TensorBoardLogger; its config.yaml or "
+            "--trainer.logger names another"
+        )
+    run = Path(os.path.normpath(run_dir.absolute()))  # "." and ".." are no names
+    first.init_args.save_dir = str(shorten(run.parent.parent))
+    first.init_args.name = run.parent.name
+    first.init_args.version = run.name
 
 
 @contextlib.contextmanager
