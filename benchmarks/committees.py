@@ -11,6 +11,7 @@ of what new seeds would make. Prints a table in Markdown.
 from __future__ import annotations
 
 import argparse
+import json
 from itertools import combinations
 from pathlib import Path
 from statistics import mean
@@ -33,6 +34,9 @@ def main() -> None:
     runs = sorted(path.parent for folder in args.runs for path in folder.glob("seed_*/result.json"))  # that are done
     if not runs:
         parser.error(f"runs are {', '.join(map(str, args.runs))}: no seed_*/result.json there; run protocol")
+    for result in (json.loads((run / "result.json").read_text()) for run in runs):
+        if "loss_odd" in result or result.get("source", "mnist") != "mnist":
+            parser.error("a run was scored on a hold-out or on other digits, not on the 10,000 test images of MNIST")
     digits = fetch_digits("mnist")
     images = torch.from_numpy(digits.images[CLASSIC_TEST_START:])[:, None]
     labels = torch.from_numpy(digits.labels[CLASSIC_TEST_START:])

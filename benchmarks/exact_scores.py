@@ -27,12 +27,13 @@ from digitnet.machine import describe_environment
 
 SIZES = (5_000, 10_001)
 PROCESSES = (1, 2, 3)
+NUM_OTHERS = 1 + max(PROCESSES)  # images not scored: one to train on, and one to validate for each process
 
 
 def score(folder: Path, size: int, processes: int) -> dict[str, Any]:
     """Mistakes and predictions of one test."""
     flags = [
-        "--ckpt_path", "model.ckpt", "--data.source", "digits.npz", "--data.split", f"[1,1,{size}]",
+        "--ckpt_path", "model.ckpt", "--data.source", "digits.npz", "--data.split", f"[1,{NUM_OTHERS - 1},{size}]",
         "--trainer.accelerator", "cpu", "--trainer.devices", str(processes), "--trainer.precision", "32-true",
     ]  # fmt: skip
     strategy = ["--trainer.strategy", "ddp"] if processes > 1 else []
@@ -58,19 +59,23 @@ def main() -> int:
     parser.add_argument("--data", default="mnist", help="as data.source of a config")
     parser.add_argument("--output", type=Path, default=Path("exact_scores.json"))
     args = parser.parse_args()
-    digits = fetch_digits(args.data)
-    if len(digits.labels) < max(SIZES) + 2:
-        parser.error(f"data is {args.data}, {len(digits.labels):,} images; {max(SIZES) + 2:,} or more are needed")
+    try:
+        stored, digits = verify_checkpoint(args.checkpoint), fetch_digits(args.data)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    if len(digits.labels) < (needed := max(SIZES) + NUM_OTHERS):
+        parser.error(f"data is {args.data}, {len(digits.labels):,} images; {needed:,} or more are needed")
+    stored.pop("datamodule_hyper_parameters", None)  # else the report tells these data from those it was trained on
     table: dict[str, dict[str, int]] = {}
     is_exact = True
     for size in SIZES:
         with tempfile.TemporaryDirectory(prefix="digitnet-exact-") as name:
-            save_checkpoint(verify_checkpoint(args.checkpoint), Path(name, "model.ckpt"))
-            few = slice(-size - 2, None)  # two go to train on
+            save_checkpoint(stored, Path(name, "model.ckpt"))
+            few = slice(-size - NUM_OTHERS, None)
             np.savez(Path(name, "digits.npz"), images=digits.images[few], labels=digits.labels[few])
             results = [score(Path(name), size, processes) for processes in PROCESSES]
         for processes, result in zip(PROCESSES, results, strict=True):
-            is_exact &= result == results[0] and result["indices"] == list(range(2, size + 2))
+            is_exact &= result == results[0] and result["indices"] == list(range(NUM_OTHERS, size + NUM_OTHERS))
             table.setdefault(str(size), {})[str(processes)] = result["num_errors"]
             print(f"{size:,} images, {processes} processes: {result['num_errors']} mistakes", flush=True)
     options = f"--checkpoint {args.checkpoint.name} --data {Path(args.data).name}"

@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from digitnet.apply import imaging
 from digitnet.apply.opening import open_picture
-from digitnet.classifier import DigitClassifier
+from digitnet.checkpoints import load_net
 from digitnet.data import fetch_digits
 
 Rng = np.random.Generator
@@ -61,7 +61,8 @@ def pen(digit: np.ndarray, side: int, width: float) -> np.ndarray:
     for a, b in np.argwhere(np.triu(near)):
         ends = [tuple((points[i, ::-1] + 0.5) * 2 * side / FINE) for i in (a, b)]
         draw.line(ends, 255, width)
-        draw.circle(ends[0], width / 2 - 0.5, 255) if width > 4 else None
+        (x, y), radius = ends[0], width / 2 - 0.5
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), 255) if width > 4 else None
     return np.asarray(page.reduce(2), np.float32) / 255
 
 
@@ -236,7 +237,10 @@ def main() -> None:
     parser.add_argument("--only", default="", help="kinds whose name holds this")
     parser.add_argument("--save", type=Path, help="a folder for contact sheets")
     args = parser.parse_args()
-    network = DigitClassifier.load_from_checkpoint(args.checkpoint, map_location="cpu", weights_only=True).eval()
+    try:
+        network, _ = load_net(args.checkpoint)
+    except ValueError as error:
+        parser.error(str(error))
     files = {folder: list(labelled(folder)) for folder in args.folders}
     for folder, found in files.items():
         if not found:

@@ -46,6 +46,8 @@ def main() -> None:
     results = [json.loads(path.read_text()) for path in seeds]
     if any("loss_odd" in result for result in results):
         parser.error(f"runs is {args.runs}: scored on a hold-out, not on the 10,000 test images")
+    if any(result.get("source", "mnist") != "mnist" for result in results):
+        parser.error(f"runs is {args.runs}: scored on other digits than MNIST's")
     counts = Counter(index for result in results for index in result["mistakes"])
     indices = sorted(counts)
     digits = fetch_digits("mnist")

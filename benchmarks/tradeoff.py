@@ -32,7 +32,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", type=Path)
     table_path = parser.parse_args().table
-    table = pd.read_csv(table_path)
+    try:
+        table = pd.read_csv(table_path)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     unknown = sorted({*table["figure"]} - TITLES.keys())
     if unknown:
         parser.error(f"{table_path}: figure is {unknown[0]}; there are {', '.join(TITLES)}")

@@ -10,7 +10,7 @@ from conftest import QUICKSTART, SHORT, Run
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
-from digitnet.calibrate import choose_threshold, fit_calibration, fit_temperature
+from digitnet.calibrate import choose_threshold, fit_calibration, fit_max_score, fit_temperature
 from digitnet.calibration import CalibratedNet, Calibration, Detector, read_calibration
 from digitnet.data import DigitDataset, Digits, load_bundled_digits
 from digitnet.model import Committee, DigitNet
@@ -93,6 +93,25 @@ def test_calibration_tells_digits_from_noise_and_is_the_same_each_time(
     assert share_of_digits(val.images) >= 0.98
     assert share_of_digits(torch.from_numpy(test.images)[:, None]) >= 0.9
     assert share_of_digits(draw_noise(200, torch.Generator().manual_seed(5))) <= 0.1
+
+
+def test_one_digit_in_133_is_turned_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    class ByItsFirstPixel(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1))
+
+        def forward(self, images: Tensor) -> Tensor:
+            return images[:, 0, 0, 0].float() * 256 + images[:, 0, 0, 1].float()
+
+    places = torch.randperm(1000)
+    images = torch.zeros(1000, 1, 28, 28, dtype=torch.uint8)
+    images[:, 0, 0, 0], images[:, 0, 0, 1] = places // 256, places % 256
+    calibration: Calibration = Calibration()
+    calibration.detector = ByItsFirstPixel()  # type: ignore[assignment]
+    calibration.energy_weight.fill_(0.0)
+    fit_max_score(calibration, torch.zeros(1000, 10), images)
+    assert int((places > calibration.max_score).sum()) == 7  # of 7.5, no more
 
 
 def test_the_detectors_score_is_the_odds_of_its_eleventh_class() -> None:

@@ -16,10 +16,16 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
-from digitnet.callbacks import AverageWeights, RestoreBestWeights, RunCheckpoint, StopCleanly, flatten_settings
+from digitnet.callbacks import (
+    AverageWeights,
+    RestoreBestWeights,
+    Throughput,
+    flatten_settings,
+)
 from digitnet.classifier import DigitClassifier
 from digitnet.data import MNISTDataModule, load_bundled_digits
 from digitnet.guards import verify_clipping
+from digitnet.resuming import RunCheckpoint, StopCleanly
 
 AVERAGE = ("--trainer.callbacks+=digitnet.callbacks.AverageWeights", "--trainer.callbacks.decay", 0.5)
 
@@ -36,6 +42,23 @@ class Snapshots(Callback):
 
     def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         self.validated = pl_module.get_parameter("net.fc3.weight").detach().clone()
+
+
+def test_speed_leaves_out_a_validation_amid_the_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, logged = iter([100.0, 102.0, 102.5, 110.5, 112.0]), {}
+    monkeypatch.setattr("digitnet.callbacks.time.perf_counter", lambda: next(clock))
+    trainer: Any = SimpleNamespace(is_last_batch=False, sanity_checking=False)
+    module: Any = SimpleNamespace(
+        device=torch.device("cpu"), log=lambda name, value, **options: logged.update({name: value})
+    )
+    batch, throughput = (torch.zeros(30, 1, 28, 28), torch.zeros(30)), Throughput()
+    throughput.on_train_start(trainer, module)
+    throughput.on_train_batch_end(trainer, module, {}, batch, 0)
+    throughput.on_validation_start(trainer, module)
+    throughput.on_validation_end(trainer, module)  # after eight seconds
+    throughput.on_train_batch_end(trainer, module, {}, batch, 1)
+    throughput.on_train_epoch_end(trainer, module)
+    assert logged == {"train/images_per_s": 60 / 4}
 
 
 @pytest.mark.parametrize(

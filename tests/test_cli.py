@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -33,8 +34,8 @@ from digitnet.apply.predictor import Predictor
 from digitnet.checkpoints import is_same_source, read_data_settings
 from digitnet.classifier import DigitClassifier
 from digitnet.cli import DigitCLI
-from digitnet.data import load_bundled_digits
-from digitnet.guards import try_optimizer
+from digitnet.data import MNISTDataModule, load_bundled_digits
+from digitnet.guards import count_steps, try_optimizer
 from digitnet.model import ARCHITECTURES
 from digitnet.origin import CHOSEN
 from digitnet.parsing import run_function
@@ -142,6 +143,22 @@ def test_fit_commands_of_the_readme_parse(digitnet: Run, capsys: pytest.CaptureF
             assert digitnet("fit", *flags, "--print_config") == 0, capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:The number of training batches")
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning")
+def test_what_readme_says_of_python_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"```python\n(import lightning.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    for whole, part in [
+        ("split=(55_000, 5_000, 10_000)", "source='digits', split=(1437, 180, 180)"),
+        ("max_epochs=3", "max_epochs=1, limit_train_batches=4, accelerator='cpu', default_root_dir=folder"),
+    ]:
+        assert whole in code
+        code = code.replace(whole, part)
+    names: dict[str, Any] = {"folder": tmp_path}
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), names)
+    assert set(names["trainer"].callback_metrics) == {"test/loss", "test/acc"}
+
+
 # --- fit, then test ---------------------------------------------------------------------------------------------------
 
 
@@ -157,7 +174,7 @@ def test_fit_leaves_a_complete_run(trained_run: Path) -> None:
     assert [step for step, _ in scalars(trained_run, "hp/val_acc")] == list(accuracies)  # and none before the first
     compared = yaml.safe_load((trained_run / "hparams.yaml").read_text())  # what TensorBoard's HPARAMS page shows
     assert compared["optimizer"] == "Adam"
-    assert (compared["max_epochs"], compared["patience"], compared["kept"]) == (2, 10, "val/loss")
+    assert (compared["max_epochs"], compared["patience"], compared["best_by"]) == (2, 10, "val/loss")
     assert compared["optimizer/lr"] == 0.001
     assert compared["augmentation"] == "RandomAffine"
     assert compared["split"] == [1717, 40, 40]
@@ -476,6 +493,119 @@ def test_going_on_keeps_the_optimizer_and_the_schedule(
         assert digitnet("fit", "--ckpt_path", *flags) == 1
         assert line in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+CYCLE = ONE_CYCLE[:-2]  # of no length
+
+
+def test_a_schedule_without_a_length_is_as_long_as_the_training(
+    digitnet: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shorter = ("--trainer.accumulate_grad_batches", 3, "--trainer.max_epochs", 4)  # two steps an epoch
+    assert digitnet("fit", "--config", QUICKSTART, *SHORT, *CYCLE, *shorter) == 0
+    run = tmp_path / "lightning_logs" / "quickstart" / "version_0"
+    stored = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    [schedule] = stored["lr_schedulers"]
+    assert stored["global_step"] == schedule["total_steps"] == 8
+    capsys.readouterr()
+    assert digitnet("fit", "--ckpt_path", "last", "--trainer.max_epochs", 5) == 1  # it has come to its end
+    assert "for 8 steps, this training has 10; give --trainer.max_epochs 4" in capsys.readouterr().err
+    for flags, line in [
+        (("--trainer.max_epochs", -1), "ends with the training, which has no end; give --trainer.max_epochs, or"),
+        (("--model.lr_scheduler.epochs", 2), "You must define either total_steps OR (epochs AND steps_per_epoch)"),
+    ]:
+        assert digitnet("fit", "--config", QUICKSTART, *SHORT, *CYCLE, *flags) == 1
+        assert line in capsys.readouterr().err
+    assert not run.with_name("version_1").exists()
+
+
+def test_a_schedule_without_a_length_can_be_short(digitnet: Run, tmp_path: Path) -> None:
+    flags = ("--model.lr_scheduler.pct_start", 0.25, "--trainer.max_epochs", 1)
+    assert digitnet("fit", "--config", QUICKSTART, *SHORT, *CYCLE, *flags) == 0  # of four steps it divides by zero
+    run = tmp_path / "lightning_logs" / "quickstart" / "version_0"
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["lr_schedulers"][0]["total_steps"] == 5
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (), ("--trainer.limit_train_batches", 0.5), ("--trainer.max_steps", 7), ("--trainer.max_epochs", -1),
+        ("--trainer.accumulate_grad_batches", 3), ("--data.batch_size", 100, "--trainer.limit_train_batches", 1.0),
+    ],
+)  # fmt: skip
+def test_steps_are_counted_as_the_trainer_does(
+    digitnet: Run, monkeypatch: pytest.MonkeyPatch, flags: tuple[object, ...]
+) -> None:
+    counted: list[float] = []
+
+    def start(trainer: L.Trainer, model: DigitClassifier, datamodule: MNISTDataModule, **kwargs: Any) -> None:
+        counted.append(count_steps(trainer, datamodule)[1])
+        trainer.strategy.connect(model)
+        trainer._data_connector.attach_data(model, datamodule=datamodule)
+        counted.append(trainer.estimated_stepping_batches)
+
+    monkeypatch.setattr(L.Trainer, "fit", start)
+    assert digitnet("fit", "--config", QUICKSTART, *SHORT, *flags) == 0
+    assert counted[0] == counted[1]
+
+
+def test_a_training_that_goes_on_outside_its_run_leaves_a_complete_one(
+    digitnet: Run, tmp_path: Path, trained_run: Path
+) -> None:
+    last = shutil.copy(trained_run / "checkpoints" / "last.ckpt", tmp_path / "mine.ckpt")
+    assert digitnet("fit", "--config", QUICKSTART, *SHORT, "--trainer.max_epochs", 3, "--ckpt_path", last) == 0
+    run = tmp_path / "lightning_logs" / "quickstart" / "version_0"
+    compared, before = (yaml.safe_load((each / "hparams.yaml").read_text()) for each in (run, trained_run))
+    assert compared == {**before, "max_epochs": 3}
+    [(_, accuracy)] = scalars(run, "val/acc")
+    assert [value for _, value in scalars(run, "hp/val_acc")] == [accuracy]  # its best.ckpt knows no other
+
+
+def test_the_best_of_a_run_is_that_of_its_file(digitnet: Run, tmp_path: Path, trained_run: Path) -> None:
+    run = shutil.copytree(trained_run, tmp_path / "lightning_logs" / "quickstart" / "version_0")
+    (run / "checkpoints" / "best.ckpt").unlink()
+    last = run / "checkpoints" / "last.ckpt"
+    stored = torch.load(last, weights_only=True)
+    stored["callbacks"]["HyperparameterSummary"]["figures"] = {"val/acc": 1.0, "val/loss": 0.0}  # no better is to come
+    torch.save(stored, last)
+    assert digitnet("fit", "--ckpt_path", "last", "--trainer.max_epochs", 3) == 0
+    assert (run / "checkpoints" / "best.ckpt").exists()
+    for name in ("acc", "loss"):
+        assert scalars(run, f"hp/val_{name}")[-1] == scalars(run, f"val/{name}")[-1]
+
+
+def test_the_loss_of_single_steps_is_logged(digitnet: Run, tmp_path: Path) -> None:
+    often = ("--trainer.log_every_n_steps", 3, "--trainer.max_epochs", 1)
+    assert digitnet("fit", "--config", QUICKSTART, *SHORT, *often, "--trainer.limit_train_batches", 7) == 0
+    run = tmp_path / "lightning_logs" / "quickstart" / "version_0"
+    losses = scalars(run, "train/loss_step")
+    assert [step for step, _ in losses] == [2, 5]
+    [(_, mean)] = scalars(run, "train/loss")
+    assert all(0 < loss < 2 * mean for _, loss in losses)
+
+
+def test_a_precision_plugin_takes_the_place_of_the_precision(digitnet: Run) -> None:
+    flags = ("--trainer.plugins", "lightning.pytorch.plugins.DoublePrecision", "--trainer.max_epochs", 1)
+    precision = SHORT.index("--trainer.precision")
+    assert digitnet("fit", "--config", QUICKSTART, *SHORT[:precision], *SHORT[precision + 2 :], *flags) == 0
+    stored = weights(Path("lightning_logs") / "quickstart" / "version_0" / "checkpoints" / "best.ckpt")
+    assert {weight.dtype for weight in stored.values()} == {torch.float64}
+
+
+def test_a_progress_bar_is_shown_where_it_is_asked_for(digitnet: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    short = ("fit", "--config", QUICKSTART, *SHORT, "--trainer.max_epochs", 1)
+    assert digitnet(*short) == 0
+    assert "it/s" not in "".join(capsys.readouterr())
+    assert digitnet(*short, "--trainer.enable_progress_bar", "true") == 0
+    assert "it/s" in "".join(capsys.readouterr())
+
+
+def test_settings_are_shown_before_there_is_a_run(digitnet: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert digitnet("test", "--print_config") == 0
+    assert yaml.safe_load(capsys.readouterr().out)["data"]["batch_size"] == 32
+    assert digitnet("validate", "--model.optimizer.help", "torch.optim.SGD") == 0
+    assert "nesterov" in capsys.readouterr().out
+    assert digitnet("test") == 1
 
 
 def test_going_on_with_fewer_epochs_or_other_data_is_refused_and_changes_nothing(

@@ -22,7 +22,7 @@ from conftest import QUICKSTART, SHORT, Run
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from digitnet import callbacks
+from digitnet import callbacks, resuming
 from digitnet.checkpoints import choose_resumable, save_checkpoint
 from digitnet.classifier import DigitClassifier
 from digitnet.guards import explain_failures
@@ -200,7 +200,7 @@ def test_stopped_while_the_first_checkpoint_is_saved_there_is_none_to_go_on_from
             raise KeyboardInterrupt
         save_checkpoint(checkpoint, path)
 
-    monkeypatch.setattr(callbacks, "save_checkpoint", save)
+    monkeypatch.setattr(resuming, "save_checkpoint", save)
     assert digitnet("fit", "--config", QUICKSTART, *TINY, "--trainer.max_epochs", 3) != 0
     assert "stopped in epoch 0, before the first checkpoint; nothing is kept" in caplog.messages
 
@@ -474,7 +474,7 @@ def test_a_config_names_only_what_it_may(
 
 
 def test_killed_while_saving_keeps_the_curves(digitnet: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from digitnet import callbacks
+    from digitnet import resuming
 
     flags = ("fit", "--config", QUICKSTART, *TINY, "--trainer.max_epochs", 3)
     assert digitnet(*flags) == 0
@@ -485,7 +485,7 @@ def test_killed_while_saving_keeps_the_curves(digitnet: Run, tmp_path: Path, mon
         save_checkpoint(checkpoint, path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(callbacks, "save_checkpoint", save)
+        patch.setattr(resuming, "save_checkpoint", save)
         with pytest.raises(PowerCut):
             digitnet(*flags)
     assert digitnet("fit", "--ckpt_path", "last") == 0

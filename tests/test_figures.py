@@ -217,6 +217,23 @@ def test_digits_means_and_augmentation_draw_their_images() -> None:
     np.testing.assert_array_equal(drawn, IMAGES[[0, 2, 3, 4, 1, 5, 6, 7]])
 
 
+def test_robustness_has_a_bar_for_each_corruption_and_a_mark_where_one_is_published() -> None:
+    figure = figures.draw_robustness({"glass_blur": 0.25, "fog": 1.0}, {"fog": 0.5, "snow": 0.9}, "Title")
+    [axes] = figure.axes
+    assert [(bar.get_y() + bar.get_height() / 2, bar.get_width()) for bar in axes.containers[0]] == [(0, 0.25), (1, 1)]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["glass blur", "fog"]
+    assert [text.get_position()[1] for text in axes.texts] == [0, 1]
+    assert [text.get_text().split()[0] for text in axes.texts] == ["25.0", "100.0"]
+    np.testing.assert_allclose(to_array(axes.lines[0].get_xydata()), [[0.5, 1]])
+    assert not figures.draw_robustness({"fog": 1.0}, {}, "Title").axes[0].lines
+
+
+def test_corruptions_are_drawn_row_by_row() -> None:
+    figure = figures.draw_corruptions({"clean": IMAGES[:2], "glass_blur": IMAGES[2:4]})
+    np.testing.assert_array_equal([image.get_array() for image in figure.axes[0].images], IMAGES[:4])
+    assert texts(figure) == ["clean", "glass blur"]
+
+
 TRADEOFF = {"ours": [(30.0, 40.0, 3.0), (60.0, 30.0, 0.0), (500.0, 25.0, 2.0)], "theirs": [(300.0, 90.0, 0.0)]}
 
 
@@ -248,6 +265,8 @@ def test_more_curves_than_can_be_told_apart_are_refused() -> None:
 
 # --- how it looks -----------------------------------------------------------------------------------------------------
 
+ACCURACIES = {"shot_noise": 0.98, "impulse_noise": 0.1, "glass_blur": 1.0, "canny_edges": 0.55}
+
 EVERY_FIGURE: dict[str, Callable[[], Figure]] = {
     "digits": lambda: figures.draw_digits(IMAGES, LABELS),
     "class balance": lambda: figures.draw_class_balance({k: np.full(10, 6_742) for k in ("training", "test")}),
@@ -270,6 +289,9 @@ EVERY_FIGURE: dict[str, Callable[[], Figure]] = {
         IMAGES[:25], ["4 / 9"] * 25, ["wrong label"] * 3 + ["ambiguous"] * 11 + ["ours to fix"] * 11, "Title", "A note."
     ),
     "tradeoff": lambda: draw_tradeoff(TRADEOFF, {"a record": 26, "another, far above it": 60}, "Title", "unit"),
+    "robustness": lambda: figures.draw_robustness(ACCURACIES, {"shot_noise": 0.979}, "75.0 % right when spoiled"),
+    "corruptions": lambda: figures.draw_corruptions(dict.fromkeys(ACCURACIES, IMAGES[:10])),
+    "corruptions of one digit": lambda: figures.draw_corruptions(dict.fromkeys(ACCURACIES, IMAGES[:1])),
     "reliability": lambda: figures.draw_reliability(CONFIDENCES, np.equal(LABELS, predict_with(90))),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from copy import deepcopy
 from typing import Any, Literal, Self
 
@@ -53,16 +54,16 @@ class DigitClassifier(L.LightningModule):
         conv_dropout: probability of dropping a value after each pooling, in [0, 1).
         optimizer: any torch optimizer, by class path or name; its arguments follow as ``init_args``.
         lr_scheduler: any torch learning-rate schedule, stepped once an epoch (OneCycleLR and CyclicLR: once a step);
-            none by default.
-        selection: picks from each training batch, augmented as it is, what is trained on, such as
-            digitnet.HardExamples; the loss and accuracy in training are then of those. All of it by default.
+            none by default. A OneCycleLR of a config that does not say its length is as long as the training.
+        selection: chooses which images of each augmented batch to train on, such as digitnet.HardExamples; the loss
+            and accuracy in training are then of those. All of them by default.
         teacher: gives what to train towards in place of the labels, such as digitnet.Teacher; the loss in training is
             then towards that. The labels by default.
         channels_last: keep the weights in channels-last memory format, which the images then follow. By default, where
             it is the faster one: on CPU and CUDA.
         columns: how many networks of that architecture are trained at once, each by itself, and answer as one, with the
             mean of their probabilities (digitnet.model.Committee). Loss and accuracy in training are then means over
-            the single columns; gradients that are clipped by their norm are so all together.
+            the single columns; clipping gradients by their norm acts on all columns together.
 
     Raises:
         ValueError: when there is no such architecture, a probability lies outside [0, 1), ``columns`` lies outside
@@ -91,6 +92,7 @@ class DigitClassifier(L.LightningModule):
         self.teacher = teacher
         self.channels_last = channels_last
         self.validated_epoch = -1  # the last one that was
+        self.step_loss: Tensor | None = None  # of the last batch trained on
         if architecture not in ARCHITECTURES:
             raise ValueError(f"architecture is {architecture}; there are {', '.join(ARCHITECTURES)}")
         if not 1 <= columns <= MAX_COLUMNS:
@@ -115,7 +117,9 @@ class DigitClassifier(L.LightningModule):
         else:
             logits, targets = self.teacher.teach(self.net, images, labels)
         columns = len(logits) // len(labels)
-        return columns * self._score("train", logits, labels.repeat(columns), targets)[0]  # each gets all its gradient
+        loss, _ = self._score("train", logits, labels.repeat(columns), targets)
+        self.step_loss = loss.detach()
+        return columns * loss  # each gets all its gradient
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, labels = batch
@@ -148,11 +152,19 @@ class DigitClassifier(L.LightningModule):
         assert isinstance(metric, Metric)
         return metric
 
-    def configure_optimizers(self) -> Any:
+    def configure_optimizers(self, num_steps: float | None = None) -> Any:
+        """The optimizer and its schedule, for Lightning.
+
+        Args:
+            num_steps: of the whole training; the trainer knows it once the run has begun.
+
+        Raises:
+            ValueError: the schedule needs an end, and the training has none.
+        """
         optimizer = self.optimizer(self.parameters())
         if self.lr_scheduler is None:
             return optimizer
-        scheduler = self.lr_scheduler(optimizer)
+        scheduler = self._make_scheduler(optimizer, num_steps)
         settings: dict[str, Any] = {"scheduler": scheduler, "interval": "epoch"}
         if isinstance(scheduler, (OneCycleLR, CyclicLR)):
             settings["interval"] = "step"  # what these two count
@@ -160,6 +172,21 @@ class DigitClassifier(L.LightningModule):
             settings["monitor"] = getattr(scheduler, "monitor", "val/loss")  # Lightning's own class has one
             settings["strict"] = settings["monitor"] not in METRICS  # not every epoch need be validated
         return {"optimizer": optimizer, "lr_scheduler": settings}
+
+    def _make_scheduler(self, optimizer: torch.optim.Optimizer, num_steps: float | None) -> Any:
+        assert self.lr_scheduler is not None
+        given = getattr(self.lr_scheduler, "keywords", {})  # of a config, defaults included
+        if "total_steps" not in given or any(given[name] for name in ("total_steps", "epochs", "steps_per_epoch")):
+            return self.lr_scheduler(optimizer)
+        steps = self.trainer.estimated_stepping_batches if num_steps is None else num_steps
+        if steps == math.inf:
+            raise ValueError(
+                "model.lr_scheduler ends with the training, which has no end; give --trainer.max_epochs, or "
+                "--model.lr_scheduler.total_steps"
+            )
+        # Its rise must last longer than a step, or it divides by zero.
+        shortest = int(1 / given["pct_start"]) + 1 if given["pct_start"] else 1
+        return self.lr_scheduler(optimizer, total_steps=max(int(steps), shortest))  # type: ignore[call-arg]
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
         if not isinstance(scheduler, ReduceLROnPlateau):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins import Precision
 from lightning.pytorch.utilities import rank_zero_info
 
 from digitnet.augment import verify_augmentation
@@ -30,17 +30,11 @@ from digitnet.callbacks import (
     HyperparameterSummary,
     PrintEpochs,
     RestoreBestWeights,
-    RunCheckpoint,
-    RunEarlyStopping,
-    SaveConfig,
-    SeedEachEpoch,
-    StopCleanly,
+    StepLoss,
     StopOnNaN,
     Throughput,
-    WholeCheckpointIO,
-    find_keeper,
 )
-from digitnet.checkpoints import FIT_HINT, LOG_DIR, count_trained_on, find_folder, is_same_source
+from digitnet.checkpoints import FIT_HINT, LOG_DIR, count_trained_on, find_folder
 from digitnet.classifier import DigitClassifier
 from digitnet.data import MNISTDataModule
 from digitnet.files import tell_command
@@ -51,14 +45,24 @@ from digitnet.guards import (
     verify_optimization,
     verify_sections,
     verify_settings,
+    verify_unseen,
 )
 from digitnet.imports import limit_imports
 from digitnet.machine import choose_precision, keep_freed_memory
-from digitnet.origin import CHOSEN, Origin, choose_origin
+from digitnet.origin import Origin, choose_once, choose_origin
 from digitnet.parsing import HelpFormatter, OneLineErrors
 from digitnet.pictures import Pictures
+from digitnet.resuming import (
+    RunCheckpoint,
+    RunEarlyStopping,
+    SaveConfig,
+    SeedEachEpoch,
+    StopCleanly,
+    WholeCheckpointIO,
+    find_keeper,
+)
 from digitnet.run_folder import claim_folder, find_first_logger, prepare_loggers
-from digitnet.scores import WriteScores, find_other_folder
+from digitnet.scores import WriteScores, find_report_folder
 
 # What the table of runs shows of the trainer, as it changes what is learned.
 SUMMARIZED = ("max_epochs", "max_steps", "gradient_clip_val", "accumulate_grad_batches", "check_val_every_n_epoch")
@@ -170,13 +174,19 @@ class DigitCLI(LightningCLI):
         for path in typed.config or []:
             verify_is_text(Path(path))
         ckpt_path = typed.ckpt_path
+        is_shown = any(flag.startswith("--print_config") or flag.partition("=")[0].endswith(".help") for flag in flags)
         if ckpt_path is not None and not {"-h", "--help"} & set(flags):
-            origin = self.origin = choose_origin(ckpt_path, to_resume=subcommand == "fit")
+            try:
+                self.origin = choose_origin(ckpt_path, to_resume=subcommand == "fit")
+            except FileNotFoundError:
+                if not is_shown:  # what only shows settings needs no run
+                    raise
+        if (origin := self.origin).checkpoint:
             if subcommand == "fit" and not (origin.run_dir or typed.config):
                 raise ValueError(
                     f"{origin.checkpoint} lies outside a run: give the config it was trained with, --config"
                 )
-            flags = [*origin.to_flags(subcommand), *flags]
+            flags = [*origin.to_flags(to_resume=subcommand == "fit"), *flags]
             rank_zero_info(f"{subcommand}: {origin.checkpoint}")
             if origin.run_dir and typed.config:
                 rank_zero_info(f"{', '.join(typed.config)}: on top of the settings of {origin.run_dir}")
@@ -223,10 +233,13 @@ class DigitCLI(LightningCLI):
         callbacks = settings.callbacks or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
         watched = any(isinstance(callback, ProgressBar) for callback in callbacks)
-        if not watched and sys.stdout.isatty() and settings.enable_progress_bar is not False:
+        is_wanted = settings.enable_progress_bar
+        if not watched and (sys.stdout.isatty() if is_wanted is None else is_wanted):
             callbacks.append(TQDMProgressBar())
             watched = True
-        if settings.precision is None:
+        plugins = settings.plugins or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if settings.precision is None and not any(isinstance(plugin, Precision) for plugin in plugins):
             kwargs["precision"], reason = choose_precision(settings.accelerator)
             rank_zero_info(f"precision {kwargs['precision']}: {reason} (--trainer.precision overrides)")
         if self.subcommand == "fit":
@@ -239,7 +252,10 @@ class DigitCLI(LightningCLI):
             configured = {key: self._get(self.config_init, key) for key in self._parser("fit").callback_keys}
             calibrate = configured.pop("calibration")
             callbacks += configured.values()
-            callbacks += [SeedEachEpoch(), StopOnNaN(), Throughput(), HyperparameterSummary(summary)]
+            is_new_run = not self.origin.run_dir
+            configured["pictures"].is_new_run = is_new_run
+            callbacks += [SeedEachEpoch(), StopOnNaN(), Throughput(), StepLoss()]
+            callbacks.append(HyperparameterSummary(summary, is_new_run))
             callbacks += [self.stop, RestoreBestWeights(), calibrate]
             if settings.logger is not False:
                 is_scheduled = config.model.lr_scheduler is not None  # then every 50 steps, where it steps so often
@@ -248,15 +264,12 @@ class DigitCLI(LightningCLI):
         else:
             origin = self.origin
             assert origin.checkpoint is not None
-            folder = find_folder(origin.checkpoint, "report")
-            source = self.config[self.subcommand].data.source
-            is_own = is_same_source(origin.trained_on.get("source", source), source)
-            if not is_own:  # what it made of its own data stays
-                folder = find_other_folder(folder.with_name(f"{folder.name}_{Path(source).absolute().stem}"), source)
-            self.tested_folder = origin.run_dir if origin.run_dir and is_own else folder
+            folder = find_report_folder(origin.checkpoint, origin.trained_on, self.config[self.subcommand].data.source)
+            self.tested_folder = folder
+            if origin.run_dir and folder == find_folder(origin.checkpoint, "report"):
+                self.tested_folder = origin.run_dir
             callbacks.append(WriteScores(origin.checkpoint, folder, self.command))
-        plugins = settings.plugins or []
-        kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), WholeCheckpointIO()]
+        kwargs["plugins"] = [*plugins, WholeCheckpointIO()]
         kwargs["enable_progress_bar"] = watched
         try:
             return self._instantiate_trainer({**settings, "callbacks": callbacks, **kwargs}, [])
@@ -267,12 +280,14 @@ class DigitCLI(LightningCLI):
         # Data, optimizer and log folder first: where one of them is wrong, no half-made run is left behind.
         self.datamodule.trainer = self.trainer  # which knows how many processes share the data
         self.datamodule.setup("fit")
-        self.origin.verify_data(self.datamodule, getattr(model.teacher, "data_settings", {}))
+        verify_unseen("model.teacher", getattr(model.teacher, "data_settings", {}), self.datamodule)
+        self.origin.verify_data(self.datamodule)
         if self.datamodule.augmentation is not None:
             images = self.datamodule.datasets[0].images[:8]
             verify_augmentation(self.datamodule.augmentation, images.to(self.trainer.strategy.root_device))
-        verify_optimization(self.trainer, model, self.datamodule, goes_on=self.origin.checkpoint is not None)
-        first_step = self.origin.count_steps(model, self.trainer.max_epochs)
+        resumes, first_step = self.origin.checkpoint is not None, self.origin.num_steps
+        verify_optimization(self.trainer, model, self.datamodule, resumes, self.origin.scheduled_steps)
+        self.origin.verify_model(model, self.trainer.max_epochs)
         with contextlib.ExitStack() as stack:
             for logger in self.trainer.loggers:
                 if isinstance(logger, TensorBoardLogger) and self.trainer.is_global_zero:
@@ -325,7 +340,7 @@ def summarize(config: Any, precision: Any, callbacks: list[L.Callback]) -> dict[
         **config.data.as_dict(),
         **{name: config.trainer[name] for name in SUMMARIZED},
         "patience": config.early_stopping.patience,
-        "kept": config.best_checkpoint.monitor,
+        "best_by": config.best_checkpoint.monitor,
         **{type(one).__name__: getattr(one, "decay", True) for one in callbacks},
     }
 
@@ -339,7 +354,7 @@ def hide_noise() -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", category=FutureWarning)
     warnings.filterwarnings("ignore", message="The number of training batches .* is smaller than the logging interval")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "Tip:" not in record.getMessage()
+        lambda record: not any(noise in record.getMessage() for noise in ("Tip:", "Loading `train_dataloader`"))
     )
 
 
@@ -359,12 +374,8 @@ def main(args: list[str], cli_class: type[DigitCLI] = DigitCLI) -> DigitCLI:
     hide_noise()
     limit_imports()
     keep_freed_memory()
-    is_first = CHOSEN not in os.environ
-    try:
+    with choose_once():
         cli = cli_class(args)
-    finally:
-        if is_first:
-            os.environ.pop(CHOSEN, None)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         # Gloo's threads can abort a process that ends before they do (github.com/pytorch/pytorch/pull/179291).
         torch.distributed.destroy_process_group()

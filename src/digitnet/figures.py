@@ -414,7 +414,7 @@ def draw_robustness(accuracies: Mapping[str, float], published: Mapping[str, flo
 
 def draw_corruptions(examples: Mapping[str, Array]) -> Figure:
     """The same digits as each corruption leaves them: name -> (K, 28, 28) uint8, in the order to draw."""
-    num_columns = max(len(images) for images in examples.values())
+    num_columns = max(6, *(len(images) for images in examples.values()))  # at least as wide as the title
     pitch, left = 1.06, 2.6
     width, height = left + num_columns * pitch, len(examples) * pitch
     figure = make_figure(0.44 * width, 0.44 * height + 0.4, "The same digits, spoiled in each way")

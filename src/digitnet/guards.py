@@ -17,6 +17,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.utilities import rank_zero_info
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from digitnet.checkpoints import count_trained_on
 from digitnet.classifier import METRICS, DigitClassifier
 from digitnet.data import MNISTDataModule
 from digitnet.errors import nearest_name
@@ -147,21 +148,43 @@ def verify_settings(config: Any) -> None:
                 )
 
 
-def verify_optimization(trainer: L.Trainer, model: DigitClassifier, data: MNISTDataModule, goes_on: bool) -> None:
+def verify_unseen(name: str, settings: dict[str, Any], data: MNISTDataModule) -> None:
+    """Refuse to leave out of training what a checkpoint was trained on: it would be scored on what it knows.
+
+    Args:
+        name: of the checkpoint, for the message.
+        settings: its data, as ``read_data_settings`` has them.
+        data: what is to be trained on.
+
+    Raises:
+        ValueError: it was trained on some of what is left out.
+    """
+    if known := count_trained_on(settings, data.source, data.split[0]):
+        raise ValueError(
+            f"data.split is {list(data.split)}, but {name} was trained on {known:,} of the images that it leaves out "
+            f"of training; give {list(settings['split'])}, as {name} had it, or another"
+        )
+
+
+def verify_optimization(
+    trainer: L.Trainer, model: DigitClassifier, data: MNISTDataModule, resumes: bool, scheduled_steps: int | None
+) -> None:
     """Refuse an optimizer and a schedule that cannot be made, cannot take their first step, or end too early.
 
     Args:
         trainer: of the run, before it begins.
         model: which is to be trained; it is given the memory format that it will have.
         data: the training images.
-        goes_on: whether the run goes on from a checkpoint, whose schedule it keeps, right or wrong.
+        resumes: whether the run is resumed from a checkpoint, whose schedule it keeps, right or wrong.
+        scheduled_steps: then, for how many steps that schedule was made, if it counts them.
 
     Raises:
         ValueError: there is one.
     """
     model.setup("fit")  # the weights' memory format, which not every optimizer can deal with
+    steps_per_epoch, steps = count_steps(trainer, data)
     try:
-        optimization = model.configure_optimizers()
+        optimization = model.configure_optimizers(steps)
     except ValueError:
         raise
     except Exception as error:  # any optimizer, any argument: learning rate null is a TypeError
@@ -172,32 +195,40 @@ def verify_optimization(trainer: L.Trainer, model: DigitClassifier, data: MNISTD
         try_optimizer(optimizer)
     if isinstance(optimization, dict):
         schedule = optimization["lr_scheduler"]
-        verify_num_steps(trainer, data, schedule["scheduler"], goes_on)
+        if not resumes:
+            scheduled_steps = getattr(schedule["scheduler"], "total_steps", None)  # OneCycleLR's, which counts steps
+        if scheduled_steps is not None:
+            verify_num_steps(scheduled_steps, steps, steps_per_epoch, resumes)
         try_schedule(schedule["scheduler"])
-        if "monitor" in schedule and not goes_on:
+        if "monitor" in schedule and not resumes:
             verify_monitor("model.lr_scheduler", schedule["monitor"], schedule["scheduler"].mode)
 
 
-def verify_num_steps(trainer: L.Trainer, data: MNISTDataModule, scheduler: Any, goes_on: bool) -> None:
+def count_steps(trainer: L.Trainer, data: MNISTDataModule) -> tuple[int, float]:
+    """How many optimizer steps an epoch has and the whole training, which may be without end.
+
+    As the trainer's ``estimated_stepping_batches``, which is not to be had before the run begins.
+    """
+    batches = math.ceil(math.ceil(data.split[0] / trainer.world_size) / data.batch_size)
+    limit = trainer.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    steps_per_epoch = math.ceil(batches / trainer.accumulate_grad_batches)
+    epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
+    steps = steps_per_epoch * epochs if steps_per_epoch else 0
+    return steps_per_epoch, steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
+
+
+def verify_num_steps(scheduled: int, steps: float, steps_per_epoch: int, resumes: bool) -> None:
     """Refuse a schedule of a fixed number of steps that ends before the training; say so if it ends after it.
 
     Raises:
         ValueError: it ends before.
     """
-    scheduled = getattr(scheduler, "total_steps", None)  # OneCycleLR's, which counts steps
-    if scheduled is None:
-        return
-    batches = math.ceil(math.ceil(data.split[0] / trainer.world_size) / data.batch_size)
-    limit = trainer.limit_train_batches
-    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-    epoch = math.ceil(batches / trainer.accumulate_grad_batches)
-    epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
-    steps = epoch * epochs if trainer.max_steps == -1 else min(epoch * epochs, trainer.max_steps)
     told = f"model.lr_scheduler is made for {scheduled:,} steps, this training has {steps:,}"
     if steps > scheduled:
         remedy = f"--model.lr_scheduler.total_steps {steps}" if steps < math.inf else "--trainer.max_epochs"
-        if goes_on:
-            remedy = f"--trainer.max_epochs {scheduled // epoch}"
+        if resumes:
+            remedy = f"--trainer.max_epochs {scheduled // steps_per_epoch}"
         raise ValueError(f"{told}; give {remedy}")
     if steps < scheduled:
         rank_zero_info(f"{told}: the learning rate will not come to its end")

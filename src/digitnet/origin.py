@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,23 +12,15 @@ from typing import Any
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_info
 
-from digitnet.checkpoints import (
-    choose_resumable,
-    count_trained_on,
-    find_newest,
-    find_run,
-    is_of_architecture,
-    read_data_settings,
-    verify_checkpoint,
-)
+from digitnet.checkpoints import choose_resumable, find_newest, find_run, read_data_settings, verify_checkpoint
 from digitnet.classifier import DigitClassifier
 from digitnet.data import MNISTDataModule
 from digitnet.data.sources import NAMES
 from digitnet.files import tell_command
-from digitnet.guards import verify_is_text
+from digitnet.guards import verify_is_text, verify_unseen
 
-# The environment variable in which the processes that share the work of this one find the newest checkpoint, as it was
-# found here: by then there may be a newer one.
+# DDP starts the command again in each process. This environment variable hands them the checkpoint that the first one
+# chose: by then there may be a newer one.
 CHOSEN = "DIGITNET_CHOSEN_CKPT"
 # Lightning loads the old state over another optimizer or schedule, and forgets what was best by another monitor.
 KEPT = (
@@ -39,21 +33,25 @@ KEPT = (
 
 @dataclass(frozen=True)
 class Origin:
-    """A checkpoint to begin from; with no arguments, none: a training from the start."""
+    """Where a command starts: a checkpoint and its run. ``Origin()`` is a training from scratch."""
 
     checkpoint: Path | None = None
     run_dir: Path | None = None  # of the checkpoint, when it lies in a run's folder
     trained_on: dict[str, Any] = field(default_factory=dict)  # its source and split, as far as it knows them
+    num_epochs: int = 0  # that it was trained for
+    num_steps: int = 0
+    scheduled_steps: int | None = None  # that its learning-rate schedule was made for, where it counts steps
+    weight_names: frozenset[str] = frozenset()
 
-    def to_flags(self, subcommand: str) -> list[str]:
+    def to_flags(self, to_resume: bool) -> list[str]:
         """The settings of the checkpoint's run, as flags to put before what was typed."""
         if self.run_dir:
-            alone = [] if subcommand == "fit" else ["--trainer.num_nodes=1"]  # nobody starts the others to score
+            alone = [] if to_resume else ["--trainer.num_nodes=1"]  # scoring runs on this machine alone
             return ["--config", str(self.run_dir / "config.yaml"), *alone]
         return [f"--data.{name}={value}" for name, value in self.trained_on.items()]  # it knows these, at least
 
     def verify_recipe(self, parser: LightningArgumentParser, config: Any) -> None:
-        """Refuse to go on in the run's folder with an optimizer, schedule or monitor that is not the run's.
+        """Refuse to resume the run with an optimizer, schedule or monitor that is not the run's.
 
         Args:
             parser: of ``config``.
@@ -73,22 +71,13 @@ class Origin:
                     f"start anew: {tell_command('fit', '--config', path)}, and your flags"
                 )
 
-    def verify_data(self, data: MNISTDataModule, teacher_settings: dict[str, Any]) -> None:
-        """Refuse to train on other data than the run's, and to leave out of training what was trained on before.
-
-        Args:
-            data: what is to be trained on.
-            teacher_settings: the data of the teacher, as ``read_data_settings`` has them; empty without one.
+    def verify_data(self, data: MNISTDataModule) -> None:
+        """Refuse to resume the run on other data, and to leave out of training what was trained on before.
 
         Raises:
             ValueError: the data are others, or images of what is left out were trained on.
         """
-        for name, settings in (("model.teacher", teacher_settings), (str(self.checkpoint), self.trained_on)):
-            if known := count_trained_on(settings, data.source, data.split[0]):
-                raise ValueError(
-                    f"data.split is {list(data.split)}, but {name} was trained on {known:,} of the images that it "
-                    f"leaves out of training; give {list(settings['split'])}, as {name} had it, or another"
-                )
+        verify_unseen(str(self.checkpoint), self.trained_on, data)
         ours = {"source": data.source, "split": list(data.split)}
         for name, before in self.trained_on.items() if self.run_dir else ():
             is_moved = name == "source" and not {before, data.source} & set(NAMES)  # a file of one's own
@@ -98,32 +87,40 @@ class Origin:
                     "epoch and its calibration are; to train with another, start anew, without --ckpt_path"
                 )
 
-    def count_steps(self, model: DigitClassifier, max_epochs: int | None) -> int:
-        """How many steps the checkpoint was trained for; 0 where there is none.
+    def verify_model(self, model: DigitClassifier, max_epochs: int | None) -> None:
+        """Refuse to resume with another architecture, or for fewer epochs than are behind it.
 
         Args:
-            model: which is to go on.
+            model: which is to be trained.
             max_epochs: as the trainer has it; None and -1 are without end.
 
         Raises:
             ValueError: the checkpoint is of another architecture, or was trained for more epochs.
         """
         if not self.checkpoint:
-            return 0
-        stored = verify_checkpoint(self.checkpoint)
-        if not is_of_architecture(stored, model.net):
+            return
+        if self.weight_names != model.net.state_dict().keys():
             wanted = f"{model.hparams['architecture']} (columns {model.hparams['columns']})"
             raise ValueError(
-                f"{self.checkpoint} holds another architecture than {wanted}; to go on with it, leave "
-                "model.architecture and model.columns out, or the config that names them; to train anew, the "
-                "checkpoint"
+                f"{self.checkpoint} holds another architecture than {wanted}; to resume it, drop model.architecture "
+                "and model.columns, or the config that sets them; to train from scratch, drop --ckpt_path"
             )
-        num_epochs = stored["epoch"] + 1
-        if max_epochs not in (None, -1) and max_epochs < num_epochs:
+        if max_epochs not in (None, -1) and max_epochs < self.num_epochs:
             raise ValueError(
-                f"trainer.max_epochs is {max_epochs}, but {self.checkpoint} has trained {num_epochs} epochs; give more"
+                f"trainer.max_epochs is {max_epochs}, but {self.checkpoint} has trained {self.num_epochs} epochs; give "
+                "more"
             )
-        return int(stored["global_step"])
+
+
+@contextlib.contextmanager
+def choose_once() -> Iterator[None]:
+    """Until the block ends, the newest checkpoint is the one found first, in the processes that it starts, too."""
+    is_first = CHOSEN not in os.environ
+    try:
+        yield
+    finally:
+        if is_first:
+            os.environ.pop(CHOSEN, None)
 
 
 def choose_origin(ckpt_path: str, to_resume: bool) -> Origin:
@@ -153,4 +150,13 @@ def choose_origin(ckpt_path: str, to_resume: bool) -> Origin:
     run_dir = find_run(checkpoint)
     if run_dir:
         verify_is_text(run_dir / "config.yaml")
-    return Origin(checkpoint, run_dir, read_data_settings(stored))
+    schedules = stored.get("lr_schedulers") or [{}]
+    return Origin(
+        checkpoint,
+        run_dir,
+        trained_on=read_data_settings(stored),
+        num_epochs=stored["epoch"] + 1,
+        num_steps=stored["global_step"],
+        scheduled_steps=schedules[0].get("total_steps"),
+        weight_names=frozenset(name.removeprefix("net.") for name in stored["state_dict"]),
+    )

@@ -18,7 +18,8 @@ MAX_MISTAKES = 24
 # The page of custom scalars: training and validation in one chart each. TensorBoard reads the tags as expressions.
 LAYOUT = {
     "training": {
-        "loss": ["Multiline", ["train/loss", "val/loss"]],
+        "loss": ["Multiline", ["train/loss$", "val/loss"]],
+        "loss of single steps": ["Multiline", ["train/loss_step"]],
         "accuracy": ["Multiline", ["train/acc", "val/acc"]],
     },
     "pace": {
@@ -46,12 +47,13 @@ class Pictures(CollectScores):
         if every_n_epochs < 0:
             raise ValueError(f"pictures.every_n_epochs is {every_n_epochs}; it is a number of epochs, or 0 for none")
         self.every_n_epochs = every_n_epochs
+        self.is_new_run = True  # whether the folder has no beginning yet
         self.drawn_step = 0  # when they were drawn last
         self.periods = 0  # of every_n_epochs each, that are over and drawn
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.global_step > 0:
-            self.periods = trainer.current_epoch // max(self.every_n_epochs, 1)
+        self.periods = trainer.current_epoch // max(self.every_n_epochs, 1)
+        if not self.is_new_run:
             return
         data = find_data(trainer)
         for writer in self._find_writers(trainer):

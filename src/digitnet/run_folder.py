@@ -25,14 +25,14 @@ def find_first_logger(config: Any) -> Any:
 
 
 def prepare_loggers(config: Any, run_dir: Path | None) -> None:
-    """Make the loggers write into one folder with the checkpoints, where a run goes on, the run's.
+    """Point the loggers at the folder of the run's checkpoints: a new one, or that of the run to resume.
 
     Args:
         config: of ``fit``; changed in place.
-        run_dir: of the run to go on with; None for a new one.
+        run_dir: of the run to resume; None for a new one.
 
     Raises:
-        ValueError: a logger would write elsewhere, or the run cannot be gone on with.
+        ValueError: a logger would write elsewhere, or the run cannot be resumed.
     """
     loggers = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
     for settings in (getattr(logger, "init_args", None) or {} for logger in loggers):

@@ -14,7 +14,14 @@ import yaml
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from digitnet.checkpoints import count_trained_on, find_run, is_same_source, read_data_settings, read_temperature
+from digitnet.checkpoints import (
+    count_trained_on,
+    find_folder,
+    find_run,
+    is_same_source,
+    read_data_settings,
+    read_temperature,
+)
 from digitnet.data import find_data
 from digitnet.files import write_file, write_json
 from digitnet.machine import describe_environment
@@ -57,9 +64,17 @@ class CollectScores(Callback):
         return logits[order], labels[order]
 
 
-def find_other_folder(folder: Path, source: str) -> Path:
-    """Where the scores on a source go: this folder or, where it holds something else already, folder_2 ..."""
-    found, number = folder, 1
+def find_report_folder(checkpoint: Path, trained_on: dict[str, Any], source: str) -> Path:
+    """Where the scores of a checkpoint on a source of digits go.
+
+    ``report`` for the data it was trained on, as ``read_data_settings`` has them; for other data ``report_<name>``, so
+    that what it made of its own stays, or, where that holds something else already, ``report_<name>_2`` ...
+    """
+    folder = find_folder(checkpoint, "report")
+    if is_same_source(trained_on.get("source", source), source):
+        return folder
+    folder = found = folder.with_name(f"{folder.name}_{Path(source).absolute().stem}")
+    number = 1
     while found.exists() and any(found.iterdir()) and not _holds(found, source):
         number += 1
         found = folder.with_name(f"{folder.name}_{number}")
@@ -67,7 +82,7 @@ def find_other_folder(folder: Path, source: str) -> Path:
 
 
 def _holds(folder: Path, source: str) -> bool:
-    for name in ("metrics.json", "validate_metrics.json"):
+    for name in ("metrics.json", "validate_metrics.json", "robustness.json"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             return is_same_source(str(json.loads((folder / name).read_text())["dataset"]), source)
     return False

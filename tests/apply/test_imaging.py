@@ -491,7 +491,7 @@ def test_a_fainter_digit_beside_a_bold_one_is_found() -> None:
 
 
 def test_readme_makes_an_npz_of_labelled_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (code,) = re.findall(r"```python\n(import random\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     few = load_bundled_digits()
     for i in range(30):
         folder = tmp_path / "pictures" / str(few.labels[i])

@@ -141,6 +141,39 @@ def test_a_stopped_row_goes_on_after_its_last_epoch(configs: Path, monkeypatch: 
         assert whole[key] == stopped[key], key
 
 
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_a_run_goes_on_in_its_precision_and_begins_anew_where_it_is_damaged(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    is_damaged: bool,
+) -> None:  # fmt: skip
+    run = shutil.copytree(trained_run, tmp_path / "seed_42")
+    last = run / "checkpoints" / "last.ckpt"
+    for path in (last.with_name("previous.ckpt"), *([last] if is_damaged else [])):
+        path.write_bytes(last.read_bytes()[:100])
+    called: list[list[str]] = []
+
+    class Done:
+        trainer = None
+
+    def record(args: list[str]) -> type[Done]:
+        called.append(args)
+        return Done
+
+    monkeypatch.setattr(ablation, "main", record)
+    ablation.fit_or_go_on(["--config=mine.yaml"], 42, run)
+    if is_damaged:
+        assert called[0][:3] == ["fit", "--config=mine.yaml", "--seed_everything=42"]
+        assert not (run / "checkpoints").exists()
+        assert "it is trained anew\n" in capsys.readouterr().out
+    else:
+        assert called == [["fit", f"--ckpt_path={last}", "--trainer.precision=32-true"]]
+
+
+def test_a_run_without_a_record_of_its_precision_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"hparams\.yaml is damaged or lacks the precision; remove .*, and it is"):
+        ablation.read_precision(tmp_path)
+
+
 def test_a_changed_config_is_trained_again(configs: Path, trained: list[tuple[str, int]]) -> None:
     ablate(configs, output=Path("out"))
     assert trained == [("fc 0.5", 42), ("none", 42)]

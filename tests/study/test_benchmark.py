@@ -107,9 +107,9 @@ def test_a_config_with_two_loggers_leaves_no_run_behind(digitnet: Run, tmp_path:
 
 @pytest.mark.usefixtures("known_ceiling")
 def test_a_turn_is_at_most_an_epoch(digitnet: Run, tmp_path: Path) -> None:
-    text = QUICKSTART.read_text().replace("[1437, 180, 180]", "[64, 180, 1553]")
+    text = QUICKSTART.read_text().replace("[1437, 180, 180]", "[70, 180, 1547]")
     text += "  max_steps: 1\n  check_val_every_n_epoch: 2\n"  # of the trainer; they would cut turns, and are left out
-    Path("small.yaml").write_text(text)  # an epoch is two batches of 32
+    Path("small.yaml").write_text(text)  # an epoch is two batches of 32 and a small one, which would count as whole
     assert digitnet("benchmark", "--config", "small.yaml", "--rounds", 1, "--output", "speed.json") == 0
     result = json.loads((tmp_path / "speed.json").read_text())
     assert "--steps 2 " in result["command"]
@@ -173,6 +173,7 @@ def test_tables_of_known_figures() -> None:
     [
         (("--config", "none.yaml"), "none.yaml: no such config"),
         (("--config", QUICKSTART, "--output", "b.md"), "output is b.md, the name of the tables beside it"),
+        (("--config", QUICKSTART, "--output", "."), "output is ., a folder; give a file, such as benchmark.json"),
         (("--config", QUICKSTART, "--output", "no-python/b.json"), "cannot write to no-python (a file is in the way)"),
         (("--config", QUICKSTART, "--rounds", 0), "rounds 0; each must be at least 1"),
         (("--config", QUICKSTART, "--keras_python", "no-python"), "keras_python is no-python, which cannot be run"),

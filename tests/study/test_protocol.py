@@ -17,8 +17,9 @@ from conftest import Run
 from filelock import FileLock
 from torch import Tensor, nn
 
-from digitnet.checkpoints import load_net
-from digitnet.data import load_bundled_digits
+from digitnet.checkpoints import load_net, save_weights
+from digitnet.data import MNISTDataModule, load_bundled_digits
+from digitnet.model import DigitNet
 from digitnet.study import protocol as module
 from digitnet.study.ablation import load_row
 from digitnet.study.protocol import judge, render_table, shift, shorten_schedule
@@ -180,6 +181,7 @@ def test_a_hold_out_of_the_training_images_is_scored_in_place_of_the_test_images
 ) -> None:
     schedule = "torch.optim.lr_scheduler.OneCycleLR, init_args: {max_lr: 0.002, epochs: 2, steps_per_epoch: 2}"
     config = (tmp_path / "mine.yaml").read_text().replace("batch_size: 45", "batch_size: 60")
+    config = config.replace("32-true", "bf16-mixed")
     (tmp_path / "mine.yaml").write_text(config + f"model: {{lr_scheduler: {{class_path: {schedule}}}}}\n")
     assert digitnet("protocol", "mine.yaml", "--seeds", 1, "--holdout", 31, "--output", "out") == 0
     (run,) = (tmp_path / "out").glob("mine-*-holdout_31/seed_42")
@@ -193,6 +195,7 @@ def test_a_hold_out_of_the_training_images_is_scored_in_place_of_the_test_images
         logits = net(images)
     wrong = 50 + (logits.argmax(1) != labels).nonzero()[:, 0]
     result = json.loads((run / "result.json").read_text())
+    assert result["precision"] == "bf16-mixed"
     assert result["mistakes"] == wrong.tolist()
     assert result["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
     assert result["loss_odd"] == pytest.approx(F.cross_entropy(logits[1::2], labels[1::2]).item(), rel=1e-4)
@@ -301,14 +304,17 @@ def test_a_place_that_cannot_be_written_is_told(
     assert "(a file is in the way); name another place with --output\n" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("part", "stop"), [("train", SystemExit(130)), ("score", KeyboardInterrupt())])
 def test_stopping_says_how_to_go_on(
-    digitnet: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def train(*_: Any) -> None:
-        raise SystemExit(130)
+    digitnet: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    part: str, stop: BaseException,
+) -> None:  # fmt: skip
+    def be_stopped(*_: Any) -> None:
+        raise stop
 
     monkeypatch.setattr(module, "SPLIT", (1597, 100, 100))
-    monkeypatch.setattr(module, "train", train)
+    monkeypatch.setattr(module, "train", lambda *_: None)
+    monkeypatch.setattr(module, part, be_stopped)
     (tmp_path / "mine.yaml").write_text(CONFIG)
     assert digitnet("protocol", "mine.yaml") == 130
     assert capsys.readouterr().out.endswith("protocol stopped; the same command goes on from here\n")
@@ -339,6 +345,19 @@ def test_a_schedule_without_an_end_is_refused(
     (tmp_path / "mine.yaml").write_text(CONFIG.replace("max_epochs: 2", "max_epochs: -1"))
     assert digitnet("protocol", "mine.yaml", "--seeds", 1) == 1
     assert "mine.yaml has max_epochs -1; a schedule that ends by itself" in capsys.readouterr().err
+
+
+def test_places_are_odd_among_all_images(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "hparams.yaml").write_text("precision: 32-true\n")
+    (tmp_path / "checkpoints").mkdir()
+    save_weights(DigitNet(), tmp_path / "checkpoints" / "last.ckpt")
+    losses = torch.tensor([1.0, 2.0, 4.0, 8.0])
+    monkeypatch.setattr(module, "judge", lambda *_: ([0], [], losses))
+    monkeypatch.setattr(module, "measure_seconds", lambda run: 1.0)
+    data = MNISTDataModule("digits", split=(51, 4, 1742))
+    result = module.score(tmp_path, 42, 1, data, holdout=4)
+    assert result["mistakes"] == [51]
+    assert result["loss_odd"] == 2.5  # of places 51 and 53
 
 
 def test_a_missing_config_is_told(digitnet: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ from skimage.feature import canny
 from skimage.transform import AffineTransform, EuclideanTransform, warp
 
 from digitnet.data import Digits, load_bundled_digits
+from digitnet.scores import find_report_folder
 from digitnet.study import corruptions
 from digitnet.study.corruptions import CORRUPTIONS, corrupt
 from digitnet.study.robustness import render_table
@@ -53,6 +54,19 @@ def test_the_seed_decides_and_later_images_do_not(name: str, monkeypatch: pytest
 def test_an_unknown_name_is_refused_with_those_there_are() -> None:
     with pytest.raises(ValueError, match=r"no corruption 'snow'; there are shot_noise, .*canny_edges"):
         corrupt(DIGITS, "snow", 0)
+
+
+def test_what_was_made_of_the_checkpoints_own_data_stays(trained_run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    best, own = run / "checkpoints" / "best.ckpt", {"source": "digits"}
+    assert find_report_folder(best, own, "digits").resolve() == run / "report"
+    assert find_report_folder(best, {}, "mine.npz").resolve() == run / "report"  # it does not say what it knows
+    other = find_report_folder(best, own, "mine.npz")
+    assert other.resolve() == run / "report_mine"
+    other.mkdir()
+    (other / "robustness.json").write_text('{"dataset": "mine.npz"}')
+    assert find_report_folder(best, own, "mine.npz") == other
+    assert find_report_folder(best, own, "elsewhere/mine.npz").resolve() == run / "report_mine_2"
 
 
 # --- against scikit-image and by hand ---------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ import lightning as L
 import pandas as pd
 import yaml
 
-from digitnet.checkpoints import find_run, verify_checkpoint
+from digitnet.checkpoints import choose_resumable, find_run, verify_checkpoint
 from digitnet.cli import main
 from digitnet.data.sources import NAMES
 from digitnet.errors import nearest_name, to_one_line
@@ -170,7 +170,7 @@ def load_row(path: Path) -> Row:
         FileNotFoundError: there is no such config.
         ValueError: one of them is no YAML, or has no keys.
     """
-    base = path.with_name("base.yaml")
+    base = path.parent / "base.yaml"
     configs = [base, path] if base.is_file() else [path]
     settings = reduce(_merge, map(read_config, configs))
     digest = hashlib.sha256(yaml.safe_dump(settings).encode())  # the keys in order
@@ -301,11 +301,17 @@ def count_epochs(row: Row) -> int:
 def fit_or_go_on(flags: list[str], seed: int, run: Path) -> L.Trainer:
     """Call ``fit`` with these flags and a run's seed and folder, or go on with the run where it has a checkpoint.
 
-    Without a detector of non-digits, which is no part of the figures, and minutes of work.
+    In the precision that it began in; anew where its checkpoints are damaged. Without a detector of non-digits, which
+    is no part of the figures, and minutes of work.
     """
     last = run / "checkpoints" / "last.ckpt"
     if last.is_file() and find_run(last):
-        return main(["fit", f"--ckpt_path={last}"]).trainer
+        try:
+            choose_resumable(last)
+        except ValueError as error:
+            print(f"{error.args[0].partition('; start anew')[0]}; it is trained anew", flush=True)
+        else:
+            return main(["fit", f"--ckpt_path={last}", f"--trainer.precision={read_precision(run)}"]).trainer
     discard_run(run)  # stopped in its first epoch
     place = {"save_dir": str(run.parent.parent), "name": run.parent.name, "version": run.name}
     logger = {
@@ -314,6 +320,19 @@ def fit_or_go_on(flags: list[str], seed: int, run: Path) -> L.Trainer:
     }
     ours = [f"--seed_everything={seed}", f"--trainer.logger={json.dumps(logger)}"]
     return main(["fit", *flags, *ours, "--trainer.devices=1", "--calibration.num_digits=0"]).trainer
+
+
+def read_precision(run: Path) -> str:
+    """The precision that a run was begun in.
+
+    Raises:
+        ValueError: its record is damaged.
+    """
+    path = run / "hparams.yaml"
+    try:
+        return str(yaml.safe_load(path.read_text(encoding="utf-8"))["precision"])
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is damaged or lacks the precision; remove {run}, and it is trained anew") from error
 
 
 def train(row: Row, seed: int, output: Path) -> Result:
@@ -330,7 +349,7 @@ def train(row: Row, seed: int, output: Path) -> Result:
     tag = row.digest[:8]
     run = next(output.glob(f"*-{tag}"), output / f"{row.path.stem}-{tag}") / f"seed_{seed}"
     last = run / "checkpoints" / "last.ckpt"
-    trainer = fit_or_go_on([*row.flags, "--trainer.enable_model_summary=false"], seed, run)
+    fit_or_go_on([*row.flags, "--trainer.enable_model_summary=false"], seed, run)
     history = load_history(run)
     if history is None:
         raise ValueError(f"{run} has no training and validation accuracy of any epoch")
@@ -344,7 +363,7 @@ def train(row: Row, seed: int, output: Path) -> Result:
         "train_acc": float(history.train_acc[-1]),
         "val_acc": float(history.val_acc[-1]),
         "run_time_s": measure_seconds(run),
-        "precision": str(trainer.precision),
+        "precision": read_precision(run),
         **describe_environment(),
     }
     write_json(run / "result.json", result)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import math
 import subprocess
 import sys
 import tempfile
@@ -75,6 +74,8 @@ def benchmark(
         raise ValueError(
             f"output is {output}, the name of the tables beside it; give the JSON's, such as benchmark.json"
         )
+    if output and (output.is_dir() or not output.name):
+        raise ValueError(f"output is {output}, a folder; give a file, such as benchmark.json")
     if output:
         make_writable(output.parent, "--output")
     with tempfile.TemporaryDirectory() as folder:
@@ -113,7 +114,7 @@ def time_fit(config: Path, rounds: int, turns: Turns) -> DigitCLI:
             trainer = super().instantiate_trainer(**settings)
             if str(trainer.precision) not in PRECISIONS:
                 raise ValueError(f"trainer.precision is {trainer.precision}; benchmark takes {' or '.join(PRECISIONS)}")
-            turns.steps = min(turns.steps, math.ceil(self.datamodule.split[0] / self.datamodule.batch_size))
+            turns.steps = min(turns.steps, max(1, self.datamodule.split[0] // self.datamodule.batch_size))  # full ones
             trainer.limit_train_batches = turns.steps  # by flag, 1 step may be read as 1.0, all of an epoch
             trainer.limit_val_batches = count_val_batches(turns.steps, self.datamodule.eval_batch_size)
             # First, so that fit's own clock starts after the others had their turns.
@@ -215,7 +216,7 @@ class PlainLoop:
     """
 
     def __init__(self, module: DigitClassifier, data: MNISTDataModule, precision: str) -> None:
-        self.device, self.batch_size = module.device, data.batch_size
+        self.device, self.batch_size = module.device, min(data.batch_size, len(data.datasets[0]))
         self.dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float32
         self.dataset, self.augmentation = data.datasets[0].to(self.device), data.augmentation
         self.net, self.selection = copy.deepcopy((module.net, module.selection))

@@ -35,7 +35,7 @@ def corrupt(images: Array, name: str, seed: int) -> Array:
     Args:
         images: (N, 28, 28) uint8, bright ink on 0.
         name: which way.
-        seed: of the draws; the same seed gives the same images, however many others follow.
+        seed: of the draws; the same seed gives the same images in whole chunks of 250, however many others follow.
 
     Returns:
         (N, 28, 28) uint8.

@@ -5,6 +5,7 @@ Or, to choose a recipe, on a hold-out of the training images.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import statistics
@@ -14,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import yaml
 from torch import Tensor
 
 from digitnet.checkpoints import choose_resumable, find_run, load_net
@@ -28,6 +28,7 @@ from digitnet.study.ablation import (
     load_row,
     measure_seconds,
     parse_shard,
+    read_precision,
     resolve,
     verify_unchanged,
 )
@@ -151,12 +152,12 @@ def protocol(
             make_writable(recipe, "--output")
             try:
                 train([*flags, f"--data.split={list(split)}"], seed, run, num_epochs)
+                print("scoring the last epoch, best or not, alone and averaged over shifts", flush=True)  # minutes
+                result = score(run, seed, num_epochs, module, holdout)
+                write_json(run / "result.json", result)
             except (KeyboardInterrupt, SystemExit):  # the latter is how fit ends after Ctrl-C
                 print("protocol stopped; the same command goes on from here", flush=True)
                 raise
-            print("scoring the last epoch, best or not, alone and averaged over shifts", flush=True)  # a minute or two
-            result = score(run, seed, num_epochs, module, holdout)
-            write_json(run / "result.json", result)
             print(f"seed {seed} is done: {result['train_s']:.0f} s of training", flush=True)
             (run / "checkpoints" / "best.ckpt").unlink(missing_ok=True)  # the last epoch is what counts
             write_table(recipe, config, holdout)
@@ -196,9 +197,10 @@ def train(flags: list[str], seed: int, run: Path, num_epochs: int) -> None:
     """Train one seed, or go on with it; no early stopping, so that every seed has the same schedule."""
     last = run / "checkpoints" / "last.ckpt"
     if last.is_file() and find_run(last):
-        sound, stored, _ = choose_resumable(last)
-        if sound == last and stored["epoch"] + 1 >= num_epochs:
-            return  # stopped before it was scored
+        with contextlib.suppress(ValueError):  # damaged
+            sound, stored, _ = choose_resumable(last)
+            if sound == last and stored["epoch"] + 1 >= num_epochs:
+                return  # stopped before it was scored
     fit_or_go_on([*flags, f"--early_stopping.patience={num_epochs + 1}"], seed, run)
 
 
@@ -236,7 +238,7 @@ def score(run: Path, seed: int, num_epochs: int, module: MNISTDataModule, holdou
         "mistakes_shifted": [first + place for place in averaged],
         **({"loss": float(losses.mean()), "loss_odd": float(losses[is_odd].mean())} if holdout else {}),
         "train_s": measure_seconds(run),
-        "precision": yaml.safe_load((run / "hparams.yaml").read_text())["precision"],  # as it was trained
+        "precision": read_precision(run),
         **describe_environment(),
     }
 

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from digitnet import figures
-from digitnet.checkpoints import count_trained_on, find_folder, find_newest, find_run, load_net, read_data_settings
+from digitnet.checkpoints import count_trained_on, find_newest, find_run, load_net, read_data_settings
 from digitnet.data import MNISTDataModule
 from digitnet.files import make_writable, write_file, write_json
 from digitnet.machine import describe_environment
 from digitnet.model import run_in_batches
+from digitnet.scores import find_report_folder
 from digitnet.study.configs import load_data_module, read_config
 from digitnet.study.corruptions import CORRUPTIONS, corrupt
 
@@ -50,11 +51,12 @@ def robustness(
     net = net.to(memory_format=torch.channels_last)
     run = find_run(checkpoint)
     config = run / "config.yaml" if run and config is None else config
-    folder = folder or find_folder(checkpoint, "report")
-    module = load_data_module(read_config(config)) if config else MNISTDataModule(**read_data_settings(stored))
+    trained_on = read_data_settings(stored)
+    module = load_data_module(read_config(config)) if config else MNISTDataModule(**trained_on)
+    folder = folder or find_report_folder(checkpoint, trained_on, module.source)
     module.setup("test")
     dataset = module.datasets[2]
-    known = count_trained_on(read_data_settings(stored), module.source, sum(module.split[:2]), len(dataset))
+    known = count_trained_on(trained_on, module.source, sum(module.split[:2]), len(dataset))
     images, labels = dataset.images[:, 0].numpy(), dataset.labels
     corrupt(images[:1], "canny_edges", seed)  # says at once what is missing
     make_writable(folder, "--folder")
