@@ -738,6 +738,7 @@ WRONG = [
         "best_checkpoint.monitor is null, which is not logged; there are",
     ),
     (["fit", "--trainer.accumulate_grad_batches", "0"], 1, "accumulate_grad_batches is 0; it must be at least 1"),
+    (["fit", "--trainer.sync_batchnorm", "true"], 1, "each process normalizes by its own images; leave it out"),
     (["fit", "--trainer.val_check_interval", "0"], 1, "val_check_interval is 0; a number of steps is at least 1"),
     (["fit", *ONE_CYCLE, "--trainer.max_epochs", "3"], 1, "for 8 steps, this training has 135; give --model.lr_sch"),
     (["fit", *ONE_CYCLE, "--trainer.max_epochs", "-1"], 1, "this training has inf; give --trainer.max_epochs"),

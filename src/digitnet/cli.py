@@ -78,7 +78,7 @@ DESCRIPTIONS = {
   {FIT_HINT}
   {FIT_HINT} --model.dropout 0.5 --trainer.max_epochs 20
   {FIT_HINT} --model.optimizer torch.optim.SGD --model.optimizer.lr 0.01
-  python -m digitnet fit --ckpt_path last     go on with the newest run, in its folder and with its settings
+  python -m digitnet fit --ckpt_path last     resume the newest run, in its folder and with its settings
 Each run gets a folder lightning_logs/<name>/version_N with config.yaml, TensorBoard events, checkpoints/best.ckpt (best
 validation accuracy, for test) and checkpoints/last.ckpt (for going on). A config says only what differs from the
 defaults below; --print_config shows the whole.""",

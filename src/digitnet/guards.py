@@ -130,6 +130,11 @@ def verify_settings(config: Any) -> None:
     interval = config.trainer.val_check_interval
     if isinstance(interval, int) and interval < 1:
         raise ValueError(f"trainer.val_check_interval is {interval}; a number of steps is at least 1")
+    if config.trainer.sync_batchnorm:
+        raise ValueError(
+            "trainer.sync_batchnorm finds no layers of PyTorch's to convert: each process normalizes by its own images"
+            "; leave it out"
+        )
     for key, name in (
         ("early_stopping", "check_on_train_epoch_end"),
         ("best_checkpoint", "save_on_train_epoch_end"),
