@@ -232,7 +232,7 @@ def test_columns_are_trained_scored_and_gone_on_with(
     go_on = ("fit", "--ckpt_path", last, "--trainer.max_epochs=3")
     for other, name in (("columns=1", "zoom (columns 1)"), ("architecture=upright", "upright (columns 2)")):
         assert digitnet(*go_on, f"--model.{other}") == 1
-        assert f"last.ckpt holds another architecture than {name}; to go on" in capsys.readouterr().err
+        assert f"last.ckpt holds another architecture than {name}; to resume it, drop" in capsys.readouterr().err
     assert {file: file.stat().st_mtime_ns for file in run.rglob("*")} == before
     assert digitnet(*go_on) == 0
     assert torch.load(last, weights_only=True)["epoch"] == 2
