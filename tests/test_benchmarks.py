@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -27,16 +28,24 @@ def test_exact_scores_compares_image_by_image(
     digits = load_bundled_digits()
     np.savez(tmp_path / "few.npz", images=digits.images[-90:], labels=digits.labels[-90:])
     called: list[list[str]] = []
+    is_wrong = False
 
     def run(command: list[str], cwd: Path, **_: Any) -> SimpleNamespace:
         called.append(command)
+        processes = command.index("--trainer.devices") + 1
         with monkeypatch.context() as patch:
             patch.chdir(cwd)
-            return SimpleNamespace(returncode=digitnet(*command[3:]), stderr=capsys.readouterr().err)
+            done = digitnet(*command[3:processes], "1", *command[processes + 1 :])
+        table = cwd / "model_report" / "predictions.csv"
+        if is_wrong and command[processes] == "2":
+            lines = table.read_text().splitlines()
+            lines[5] = re.sub(r"^(\d+,\d,)(\d)", lambda found: f"{found[1]}{(int(found[2]) + 1) % 10}", lines[5])
+            table.write_text("\n".join(lines))
+        return SimpleNamespace(returncode=done, stderr=capsys.readouterr().err)
 
     monkeypatch.setattr("exact_scores.subprocess.run", run)
     monkeypatch.setattr("exact_scores.SIZES", (40, 60))
-    monkeypatch.setattr("exact_scores.PROCESSES", (1,))
+    monkeypatch.setattr("exact_scores.PROCESSES", (1, 2))
     best = trained_run / "checkpoints" / "best.ckpt"
     monkeypatch.setattr(sys, "argv", ["exact_scores.py", "--checkpoint", str(best), "--data", "few.npz"])
     assert exact_scores.main() == 0
@@ -44,7 +53,10 @@ def test_exact_scores_compares_image_by_image(
     assert record["is_exact"]
     assert set(record["mistakes"]) == {"40", "60"}
     assert 0 < record["mistakes"]["40"]["1"] <= record["mistakes"]["60"]["1"]
-    assert ["[1,3,40]" in command for command in called] == [True, False]
+    assert ["[1,3,40]" in command for command in called] == [True, True, False, False]
+    is_wrong = True
+    assert exact_scores.main() == 1
+    assert not json.loads(Path("exact_scores.json").read_text())["is_exact"]
     for wrong in (["--checkpoint", "none.ckpt"], ["--checkpoint", str(best), "--data", "none.npz"]):
         monkeypatch.setattr(sys, "argv", ["exact_scores.py", *wrong])
         with pytest.raises(SystemExit) as stop:

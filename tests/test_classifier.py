@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities.model_summary.model_summary import ModelSummary
+from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from digitnet.checkpoints import verify_checkpoint
@@ -178,3 +180,10 @@ def test_losses_are_counted_in_full_in_half_precision(dtype: torch.dtype) -> Non
 
 def test_losses_are_counted_in_double_precision_where_all_is() -> None:
     assert DigitClassifier().to(dtype=torch.float64).get_metric("val/loss").dtype == torch.float64
+
+
+def test_a_partial_without_a_length_is_as_long_as_the_training() -> None:
+    cycle = partial(OneCycleLR, max_lr=0.002, total_steps=None)
+    assert DigitClassifier(lr_scheduler=cycle).configure_optimizers(30)["lr_scheduler"]["scheduler"].total_steps == 30
+    cycle = partial(OneCycleLR, max_lr=0.002, total_steps=20)
+    assert DigitClassifier(lr_scheduler=cycle).configure_optimizers(30)["lr_scheduler"]["scheduler"].total_steps == 20

@@ -510,8 +510,11 @@ def test_a_schedule_without_a_length_is_as_long_as_the_training(
     capsys.readouterr()
     assert digitnet("fit", "--ckpt_path", "last", "--trainer.max_epochs", 5) == 1  # it has come to its end
     assert "for 8 steps, this training has 10; give --trainer.max_epochs 4" in capsys.readouterr().err
+    assert digitnet("fit", "--ckpt_path", "last", "--trainer.max_epochs", 5, "--trainer.limit_train_batches", 1) == 1
+    assert "for 8 steps, this training has 9; give --trainer.max_epochs 4" in capsys.readouterr().err
     for flags, line in [
-        (("--trainer.max_epochs", -1), "ends with the training, which has no end; give --trainer.max_epochs, or"),
+        (("--trainer.max_epochs", -1), "ends with the training, which has no end known in steps; give --trainer.max"),
+        (("--model.lr_scheduler.total_steps", 0), "Expected positive integer total_steps, but got 0"),
         (("--model.lr_scheduler.epochs", 2), "You must define either total_steps OR (epochs AND steps_per_epoch)"),
     ]:
         assert digitnet("fit", "--config", QUICKSTART, *SHORT, *CYCLE, *flags) == 1
@@ -519,11 +522,35 @@ def test_a_schedule_without_a_length_is_as_long_as_the_training(
     assert not run.with_name("version_1").exists()
 
 
-def test_a_schedule_without_a_length_can_be_short(digitnet: Run, tmp_path: Path) -> None:
-    flags = ("--model.lr_scheduler.pct_start", 0.25, "--trainer.max_epochs", 1)
-    assert digitnet("fit", "--config", QUICKSTART, *SHORT, *CYCLE, *flags) == 0  # of four steps it divides by zero
+def test_steps_that_are_done_count_as_they_were(digitnet: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert digitnet("fit", "--config", QUICKSTART, *SHORT, *CYCLE, "--model.lr_scheduler.total_steps", 16) == 0
+    on = ("fit", "--ckpt_path", "last", "--trainer.max_epochs", 8, "--trainer.limit_train_batches")
+    assert digitnet(*on, 2) == 1  # eight are done, and twelve would follow
+    assert "for 16 steps, this training has 20; give --trainer.max_epochs 6" in capsys.readouterr().err
+    assert digitnet(*on, 2, "--trainer.max_epochs", 6) == 0
+
+
+def test_a_schedule_that_the_checkpoint_has_not_is_refused(
+    digitnet: Run, tmp_path: Path, trained_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last = shutil.copy(trained_run / "checkpoints" / "last.ckpt", tmp_path / "mine.ckpt")
+    flags = (*CYCLE, "--trainer.max_epochs", 4, "--ckpt_path", last)
+    assert digitnet("fit", "--config", QUICKSTART, *SHORT, *flags) == 1
+    assert "model.lr_scheduler counts steps, but the checkpoint has no such schedule" in capsys.readouterr().err
+    assert not Path("lightning_logs").exists()
+
+
+@pytest.mark.parametrize(("pct_start", "total_steps"), [(0.25, 5), (1.0, 5), (0.0, 4)])
+def test_a_schedule_without_a_length_can_be_short(
+    digitnet: Run, tmp_path: Path, pct_start: float, total_steps: int
+) -> None:
+    flags = ("--model.lr_scheduler.pct_start", pct_start, "--trainer.max_epochs", 1)
+    assert digitnet("fit", "--config", QUICKSTART, *SHORT, *CYCLE, *flags) == 0  # of four steps some divide by zero
     run = tmp_path / "lightning_logs" / "quickstart" / "version_0"
-    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["lr_schedulers"][0]["total_steps"] == 5
+    assert (
+        torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["lr_schedulers"][0]["total_steps"]
+        == total_steps
+    )
 
 
 @pytest.mark.parametrize(
@@ -539,7 +566,7 @@ def test_steps_are_counted_as_the_trainer_does(
     counted: list[float] = []
 
     def start(trainer: L.Trainer, model: DigitClassifier, datamodule: MNISTDataModule, **kwargs: Any) -> None:
-        counted.append(count_steps(trainer, datamodule)[1])
+        counted.append(count_steps(trainer, datamodule))
         trainer.strategy.connect(model)
         trainer._data_connector.attach_data(model, datamodule=datamodule)
         counted.append(trainer.estimated_stepping_batches)
@@ -574,14 +601,21 @@ def test_the_best_of_a_run_is_that_of_its_file(digitnet: Run, tmp_path: Path, tr
         assert scalars(run, f"hp/val_{name}")[-1] == scalars(run, f"val/{name}")[-1]
 
 
-def test_the_loss_of_single_steps_is_logged(digitnet: Run, tmp_path: Path) -> None:
-    often = ("--trainer.log_every_n_steps", 3, "--trainer.max_epochs", 1)
-    assert digitnet("fit", "--config", QUICKSTART, *SHORT, *often, "--trainer.limit_train_batches", 7) == 0
+def test_the_loss_of_single_steps_is_logged(digitnet: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses, step = [], DigitClassifier.training_step
+
+    def kept(self: DigitClassifier, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        loss = step(self, batch, batch_idx)
+        losses.append(loss.item())
+        return loss
+
+    monkeypatch.setattr(DigitClassifier, "training_step", kept)
+    often = ("--trainer.log_every_n_steps", 2, "--trainer.accumulate_grad_batches", 2, "--trainer.max_epochs", 1)
+    assert digitnet("fit", "--config", QUICKSTART, *SHORT, *often, "--trainer.limit_train_batches", 8) == 0
     run = tmp_path / "lightning_logs" / "quickstart" / "version_0"
-    losses = scalars(run, "train/loss_step")
-    assert [step for step, _ in losses] == [2, 5]
-    [(_, mean)] = scalars(run, "train/loss")
-    assert all(0 < loss < 2 * mean for _, loss in losses)
+    assert dict(scalars(run, "train/loss_step")) == pytest.approx({1: losses[3], 3: losses[7]})
+    assert digitnet("fit", "--ckpt_path", "last", "--trainer.max_epochs", 2) == 0
+    assert [at for at, _ in scalars(run, "train/loss_step")] == [1, 3, 5, 7]
 
 
 def test_a_precision_plugin_takes_the_place_of_the_precision(digitnet: Run) -> None:
@@ -590,6 +624,17 @@ def test_a_precision_plugin_takes_the_place_of_the_precision(digitnet: Run) -> N
     assert digitnet("fit", "--config", QUICKSTART, *SHORT[:precision], *SHORT[precision + 2 :], *flags) == 0
     stored = weights(Path("lightning_logs") / "quickstart" / "version_0" / "checkpoints" / "best.ckpt")
     assert {weight.dtype for weight in stored.values()} == {torch.float64}
+    assert (
+        yaml.safe_load(Path("lightning_logs/quickstart/version_0/hparams.yaml").read_text())["precision"] == "64-true"
+    )
+
+
+def test_a_checkpoint_of_no_more_than_weights_is_scored(digitnet: Run, tmp_path: Path, trained_run: Path) -> None:
+    stored = torch.load(trained_run / "checkpoints" / "best.ckpt", weights_only=True)
+    few = {key: stored[key] for key in ("state_dict", "pytorch-lightning_version", "datamodule_hyper_parameters")}
+    torch.save(few, tmp_path / "few.ckpt")
+    assert digitnet("test", "--ckpt_path", "few.ckpt") == 0
+    assert (tmp_path / "few_report" / "metrics.json").exists()
 
 
 def test_a_progress_bar_is_shown_where_it_is_asked_for(digitnet: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -738,7 +783,7 @@ WRONG = [
         "best_checkpoint.monitor is null, which is not logged; there are",
     ),
     (["fit", "--trainer.accumulate_grad_batches", "0"], 1, "accumulate_grad_batches is 0; it must be at least 1"),
-    (["fit", "--trainer.sync_batchnorm", "true"], 1, "each process normalizes by its own images; leave it out"),
+    (["fit", "--trainer.sync_batchnorm", "true"], 1, "each process normalizes by its own images; give --tra"),
     (["fit", "--trainer.val_check_interval", "0"], 1, "val_check_interval is 0; a number of steps is at least 1"),
     (["fit", *ONE_CYCLE, "--trainer.max_epochs", "3"], 1, "for 8 steps, this training has 135; give --model.lr_sch"),
     (["fit", *ONE_CYCLE, "--trainer.max_epochs", "-1"], 1, "this training has inf; give --trainer.max_epochs"),

@@ -234,5 +234,5 @@ def preview_augmentation(augmentation: Augmentation, originals: np.ndarray, num_
         torch.manual_seed(seed)
         augmented = augmentation(batch)
     levels = augmented * 255 if augmented.is_floating_point() else augmented
-    preview: np.ndarray = levels.numpy().reshape(len(originals), num_draws, 28, 28)
+    preview: np.ndarray = levels.numpy().reshape(len(originals), num_draws, *originals.shape[1:])
     return preview

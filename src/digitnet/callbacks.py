@@ -159,8 +159,8 @@ class StepLoss(Callback):
     Of several processes, that of the first one's images.
     """
 
-    def __init__(self) -> None:
-        self.logged = 0
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.logged = trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         assert isinstance(pl_module, DigitClassifier)
@@ -231,8 +231,7 @@ class HyperparameterSummary(Callback):
             self.best = {}
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and self.is_new_run and trainer.is_global_zero:
-                if "precision" in self.settings:
-                    self.settings["precision"] = str(trainer.precision)  # Lightning may take another than was asked for
+                self.settings["precision"] = str(trainer.precision)  # Lightning may take another than was asked for
                 logger.hparams.update(self.settings)  # for hparams.yaml
                 # Not log_hyperparams: that begins each metric with a point of its own, at 0, which spoils the chart.
                 from torch.utils.tensorboard.summary import hparams  # half a second that other commands need not wait

@@ -176,17 +176,21 @@ class DigitClassifier(L.LightningModule):
     def _make_scheduler(self, optimizer: torch.optim.Optimizer, num_steps: float | None) -> Any:
         assert self.lr_scheduler is not None
         given = getattr(self.lr_scheduler, "keywords", {})  # of a config, defaults included
-        if "total_steps" not in given or any(given[name] for name in ("total_steps", "epochs", "steps_per_epoch")):
+        lengths = [given.get(name) for name in ("total_steps", "epochs", "steps_per_epoch")]
+        if "total_steps" not in given or any(length is not None for length in lengths):
             return self.lr_scheduler(optimizer)
         steps = self.trainer.estimated_stepping_batches if num_steps is None else num_steps
         if steps == math.inf:
             raise ValueError(
-                "model.lr_scheduler ends with the training, which has no end; give --trainer.max_epochs, or "
-                "--model.lr_scheduler.total_steps"
+                "model.lr_scheduler ends with the training, which has no end known in steps; give "
+                "--trainer.max_epochs, or --model.lr_scheduler.total_steps"
             )
-        # Its rise must last longer than a step, or it divides by zero.
-        shortest = int(1 / given["pct_start"]) + 1 if given["pct_start"] else 1
-        return self.lr_scheduler(optimizer, total_steps=max(int(steps), shortest))  # type: ignore[call-arg]
+        # Where its rise or its fall lasts a step or less, it divides by zero.
+        pct_start = given.get("pct_start", 0.3)
+        shortest = int(1 / pct_start) + 1 if pct_start else 1
+        return self.lr_scheduler(  # type: ignore[call-arg]
+            optimizer, total_steps=max(int(steps), shortest) + (pct_start == 1)
+        )
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
         if not isinstance(scheduler, ReduceLROnPlateau):

@@ -285,8 +285,8 @@ class DigitCLI(LightningCLI):
         if self.datamodule.augmentation is not None:
             images = self.datamodule.datasets[0].images[:8]
             verify_augmentation(self.datamodule.augmentation, images.to(self.trainer.strategy.root_device))
-        resumes, first_step = self.origin.checkpoint is not None, self.origin.num_steps
-        verify_optimization(self.trainer, model, self.datamodule, resumes, self.origin.scheduled_steps)
+        first_step = self.origin.begun.num_steps if self.origin.begun else 0
+        verify_optimization(self.trainer, model, self.datamodule, self.origin.begun)
         self.origin.verify_model(model, self.trainer.max_epochs)
         with contextlib.ExitStack() as stack:
             for logger in self.trainer.loggers:

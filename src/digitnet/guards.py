@@ -9,7 +9,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -35,6 +35,14 @@ FIXED: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 AT_LEAST = {"trainer.check_val_every_n_epoch": 1, "trainer.accumulate_grad_batches": 1, "early_stopping.patience": 0}
+
+
+class Begun(NamedTuple):
+    """What is behind a checkpoint."""
+
+    num_epochs: int
+    num_steps: int
+    scheduled_steps: int | None  # that its learning-rate schedule was made for, where it counts steps
 
 
 @contextlib.contextmanager
@@ -133,7 +141,7 @@ def verify_settings(config: Any) -> None:
     if config.trainer.sync_batchnorm:
         raise ValueError(
             "trainer.sync_batchnorm finds no layers of PyTorch's to convert: each process normalizes by its own images"
-            "; leave it out"
+            "; give --trainer.sync_batchnorm false"
         )
     for key, name in (
         ("early_stopping", "check_on_train_epoch_end"),
@@ -172,7 +180,7 @@ def verify_unseen(name: str, settings: dict[str, Any], data: MNISTDataModule) ->
 
 
 def verify_optimization(
-    trainer: L.Trainer, model: DigitClassifier, data: MNISTDataModule, resumes: bool, scheduled_steps: int | None
+    trainer: L.Trainer, model: DigitClassifier, data: MNISTDataModule, begun: Begun | None = None
 ) -> None:
     """Refuse an optimizer and a schedule that cannot be made, cannot take their first step, or end too early.
 
@@ -180,14 +188,14 @@ def verify_optimization(
         trainer: of the run, before it begins.
         model: which is to be trained; it is given the memory format that it will have.
         data: the training images.
-        resumes: whether the run is resumed from a checkpoint, whose schedule it keeps, right or wrong.
-        scheduled_steps: then, for how many steps that schedule was made, if it counts them.
+        begun: what is behind the checkpoint that is resumed, whose schedule is kept, right or wrong; None for a new
+            run.
 
     Raises:
         ValueError: there is one.
     """
     model.setup("fit")  # the weights' memory format, which not every optimizer can deal with
-    steps_per_epoch, steps = count_steps(trainer, data)
+    steps = count_steps(trainer, data, begun)
     try:
         optimization = model.configure_optimizers(steps)
     except ValueError:
@@ -200,30 +208,42 @@ def verify_optimization(
         try_optimizer(optimizer)
     if isinstance(optimization, dict):
         schedule = optimization["lr_scheduler"]
-        if not resumes:
-            scheduled_steps = getattr(schedule["scheduler"], "total_steps", None)  # OneCycleLR's, which counts steps
-        if scheduled_steps is not None:
-            verify_num_steps(scheduled_steps, steps, steps_per_epoch, resumes)
+        scheduled = getattr(schedule["scheduler"], "total_steps", None)  # OneCycleLR's, which counts steps
+        if scheduled is not None and begun:
+            scheduled = begun.scheduled_steps
+            if scheduled is None:
+                raise ValueError(
+                    "model.lr_scheduler counts steps, but the checkpoint has no such schedule to go on with; give the "
+                    "one it was trained with, or start anew, without --ckpt_path"
+                )
+        if scheduled is not None:
+            verify_num_steps(scheduled, steps, count_steps_per_epoch(trainer, data), begun)
         try_schedule(schedule["scheduler"])
-        if "monitor" in schedule and not resumes:
+        if "monitor" in schedule and not begun:
             verify_monitor("model.lr_scheduler", schedule["monitor"], schedule["scheduler"].mode)
 
 
-def count_steps(trainer: L.Trainer, data: MNISTDataModule) -> tuple[int, float]:
-    """How many optimizer steps an epoch has and the whole training, which may be without end.
-
-    As the trainer's ``estimated_stepping_batches``, which is not to be had before the run begins.
-    """
+def count_steps_per_epoch(trainer: L.Trainer, data: MNISTDataModule) -> int:
+    """How many optimizer steps an epoch has."""
     batches = math.ceil(math.ceil(data.split[0] / trainer.world_size) / data.batch_size)
     limit = trainer.limit_train_batches
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-    steps_per_epoch = math.ceil(batches / trainer.accumulate_grad_batches)
-    epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
-    steps = steps_per_epoch * epochs if steps_per_epoch else 0
-    return steps_per_epoch, steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
+    return math.ceil(batches / trainer.accumulate_grad_batches)
 
 
-def verify_num_steps(scheduled: int, steps: float, steps_per_epoch: int, resumes: bool) -> None:
+def count_steps(trainer: L.Trainer, data: MNISTDataModule, begun: Begun | None = None) -> float:
+    """How many optimizer steps the whole training has, with those behind it; it may be without end.
+
+    Of a new run, as the trainer's ``estimated_stepping_batches``, which is not to be had before the run begins.
+    """
+    num_epochs, num_steps = (begun.num_epochs, begun.num_steps) if begun else (0, 0)
+    steps_per_epoch = count_steps_per_epoch(trainer, data)
+    epochs = math.inf if trainer.max_epochs in (None, -1) else max(0, trainer.max_epochs - num_epochs)
+    steps = num_steps + (steps_per_epoch * epochs if steps_per_epoch else 0)
+    return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
+
+
+def verify_num_steps(scheduled: int, steps: float, steps_per_epoch: int, begun: Begun | None = None) -> None:
     """Refuse a schedule of a fixed number of steps that ends before the training; say so if it ends after it.
 
     Raises:
@@ -232,8 +252,8 @@ def verify_num_steps(scheduled: int, steps: float, steps_per_epoch: int, resumes
     told = f"model.lr_scheduler is made for {scheduled:,} steps, this training has {steps:,}"
     if steps > scheduled:
         remedy = f"--model.lr_scheduler.total_steps {steps}" if steps < math.inf else "--trainer.max_epochs"
-        if resumes:
-            remedy = f"--trainer.max_epochs {scheduled // steps_per_epoch}"
+        if begun:
+            remedy = f"--trainer.max_epochs {begun.num_epochs + (scheduled - begun.num_steps) // steps_per_epoch}"
         raise ValueError(f"{told}; give {remedy}")
     if steps < scheduled:
         rank_zero_info(f"{told}: the learning rate will not come to its end")

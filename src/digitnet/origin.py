@@ -17,7 +17,7 @@ from digitnet.classifier import DigitClassifier
 from digitnet.data import MNISTDataModule
 from digitnet.data.sources import NAMES
 from digitnet.files import tell_command
-from digitnet.guards import verify_is_text, verify_unseen
+from digitnet.guards import Begun, verify_is_text, verify_unseen
 
 # DDP starts the command again in each process. This environment variable hands them the checkpoint that the first one
 # chose: by then there may be a newer one.
@@ -38,9 +38,7 @@ class Origin:
     checkpoint: Path | None = None
     run_dir: Path | None = None  # of the checkpoint, when it lies in a run's folder
     trained_on: dict[str, Any] = field(default_factory=dict)  # its source and split, as far as it knows them
-    num_epochs: int = 0  # that it was trained for
-    num_steps: int = 0
-    scheduled_steps: int | None = None  # that its learning-rate schedule was made for, where it counts steps
+    begun: Begun | None = None
     weight_names: frozenset[str] = frozenset()
 
     def to_flags(self, to_resume: bool) -> list[str]:
@@ -105,10 +103,11 @@ class Origin:
                 f"{self.checkpoint} holds another architecture than {wanted}; to resume it, drop model.architecture "
                 "and model.columns, or the config that sets them; to train from scratch, drop --ckpt_path"
             )
-        if max_epochs not in (None, -1) and max_epochs < self.num_epochs:
+        assert self.begun is not None
+        if max_epochs not in (None, -1) and max_epochs < self.begun.num_epochs:
             raise ValueError(
-                f"trainer.max_epochs is {max_epochs}, but {self.checkpoint} has trained {self.num_epochs} epochs; give "
-                "more"
+                f"trainer.max_epochs is {max_epochs}, but {self.checkpoint} has trained {self.begun.num_epochs} "
+                "epochs; give more"
             )
 
 
@@ -155,8 +154,6 @@ def choose_origin(ckpt_path: str, to_resume: bool) -> Origin:
         checkpoint,
         run_dir,
         trained_on=read_data_settings(stored),
-        num_epochs=stored["epoch"] + 1,
-        num_steps=stored["global_step"],
-        scheduled_steps=schedules[0].get("total_steps"),
+        begun=Begun(stored.get("epoch", -1) + 1, stored.get("global_step", 0), schedules[0].get("total_steps")),
         weight_names=frozenset(name.removeprefix("net.") for name in stored["state_dict"]),
     )

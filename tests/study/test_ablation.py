@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import math
 import re
@@ -152,14 +153,7 @@ def test_a_run_goes_on_in_its_precision_and_begins_anew_where_it_is_damaged(
         path.write_bytes(last.read_bytes()[:100])
     called: list[list[str]] = []
 
-    class Done:
-        trainer = None
-
-    def record(args: list[str]) -> type[Done]:
-        called.append(args)
-        return Done
-
-    monkeypatch.setattr(ablation, "main", record)
+    monkeypatch.setattr(ablation, "main", called.append)
     ablation.fit_or_go_on(["--config=mine.yaml"], 42, run)
     if is_damaged:
         assert called[0][:3] == ["fit", "--config=mine.yaml", "--seed_everything=42"]
@@ -167,6 +161,33 @@ def test_a_run_goes_on_in_its_precision_and_begins_anew_where_it_is_damaged(
         assert "it is trained anew\n" in capsys.readouterr().out
     else:
         assert called == [["fit", f"--ckpt_path={last}", "--trainer.precision=32-true"]]
+
+
+def test_a_run_that_cannot_be_read_now_stays(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    run = shutil.copytree(trained_run, tmp_path / "seed_42")
+    before = sorted(run.rglob("*"))
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(ValueError, match="too many open files"):
+        ablation.fit_or_go_on(["--config=mine.yaml"], 42, run)
+    assert sorted(run.rglob("*")) == before
+
+
+def test_a_run_with_a_plugin_goes_on_with_it(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = shutil.copytree(trained_run, tmp_path / "seed_42")
+    config = (run / "config.yaml").read_text()
+    assert "\n  plugins: null\n" in config
+    (run / "config.yaml").write_text(config.replace("\n  plugins: null\n", "\n  plugins: mine.DoublePrecision\n"))
+    called: list[list[str]] = []
+    monkeypatch.setattr(ablation, "main", called.append)
+    ablation.fit_or_go_on(["--config=mine.yaml"], 42, run)
+    assert called == [["fit", f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}"]]
 
 
 def test_a_run_without_a_record_of_its_precision_is_told(tmp_path: Path) -> None:

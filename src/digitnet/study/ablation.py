@@ -28,7 +28,6 @@ from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import lightning as L
 import pandas as pd
 import yaml
 
@@ -298,7 +297,7 @@ def count_epochs(row: Row) -> int:
 # --- one run ----------------------------------------------------------------------------------------------------------
 
 
-def fit_or_go_on(flags: list[str], seed: int, run: Path) -> L.Trainer:
+def fit_or_go_on(flags: list[str], seed: int, run: Path) -> None:
     """Call ``fit`` with these flags and a run's seed and folder, or go on with the run where it has a checkpoint.
 
     In the precision that it began in; anew where its checkpoints are damaged. Without a detector of non-digits, which
@@ -309,9 +308,18 @@ def fit_or_go_on(flags: list[str], seed: int, run: Path) -> L.Trainer:
         try:
             choose_resumable(last)
         except ValueError as error:
+            cause: BaseException | None = error
+            while cause:
+                if isinstance(cause, (OSError, MemoryError)):  # it may be sound, and only not to be read now
+                    raise
+                cause = cause.__cause__
             print(f"{error.args[0].partition('; start anew')[0]}; it is trained anew", flush=True)
         else:
-            return main(["fit", f"--ckpt_path={last}", f"--trainer.precision={read_precision(run)}"]).trainer
+            again = ["fit", f"--ckpt_path={last}"]
+            if not read_config(run / "config.yaml")["trainer"].get("plugins"):  # which may be a precision's
+                again.append(f"--trainer.precision={read_precision(run)}")
+            main(again)
+            return
     discard_run(run)  # stopped in its first epoch
     place = {"save_dir": str(run.parent.parent), "name": run.parent.name, "version": run.name}
     logger = {
@@ -319,7 +327,7 @@ def fit_or_go_on(flags: list[str], seed: int, run: Path) -> L.Trainer:
         "init_args": {**place, "default_hp_metric": False},
     }
     ours = [f"--seed_everything={seed}", f"--trainer.logger={json.dumps(logger)}"]
-    return main(["fit", *flags, *ours, "--trainer.devices=1", "--calibration.num_digits=0"]).trainer
+    main(["fit", *flags, *ours, "--trainer.devices=1", "--calibration.num_digits=0"])
 
 
 def read_precision(run: Path) -> str:

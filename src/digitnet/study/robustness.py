@@ -36,7 +36,8 @@ def robustness(
         config: a config of fit, whose test images to take; by default the run's own; a checkpoint outside a run
             names its data itself.
         folder: where robustness.json, robustness.md, robustness.png and corruptions.png are written; by default the
-            run's report/, or <checkpoint>_report/ beside a checkpoint that has no run.
+            run's report/, or <checkpoint>_report/ beside a checkpoint that has no run; with _<name> behind it for other
+            digits than it was trained on.
         seed: of the corruptions' draws.
 
     Raises:
