@@ -703,6 +703,20 @@ def test_the_precision_that_is_kept_is_the_one_that_was_used(digitnet: Run, tmp_
     assert yaml.safe_load((run / "hparams.yaml").read_text())["precision"] == "bf16-mixed"
 
 
+def test_going_on_in_another_precision_is_told_of(
+    digitnet: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = SHORT.index("--trainer.precision")
+    short = (*SHORT[:place], *SHORT[place + 2 :])
+    monkeypatch.setattr("digitnet.cli.choose_precision", lambda accelerator: ("32-true", "a slow machine"))
+    assert digitnet("fit", "--config", QUICKSTART, *short, "--trainer.max_epochs", 1) == 0
+    told = "lightning_logs/quickstart/version_0 began in 32-true, which --trainer.precision 32-true keeps"
+    for epochs, precision in ((2, "32-true"), (3, "bf16-mixed")):
+        monkeypatch.setattr("digitnet.cli.choose_precision", lambda accelerator, new=precision: (new, "a fast one"))
+        assert digitnet("fit", "--ckpt_path", "last", "--trainer.max_epochs", epochs) == 0
+        assert (told in caplog.messages) == (precision != "32-true")
+
+
 # --- bad input: one line, exit code not 0, nothing left behind --------------------------------------------------------
 
 WRONG = [

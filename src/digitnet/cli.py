@@ -61,7 +61,7 @@ from digitnet.resuming import (
     WholeCheckpointIO,
     find_keeper,
 )
-from digitnet.run_folder import claim_folder, find_first_logger, prepare_loggers
+from digitnet.run_folder import claim_folder, find_first_logger, prepare_loggers, read_precision
 from digitnet.scores import WriteScores, find_report_folder
 
 # What the table of runs shows of the trainer, as it changes what is learned.
@@ -242,6 +242,13 @@ class DigitCLI(LightningCLI):
         if settings.precision is None and not any(isinstance(plugin, Precision) for plugin in plugins):
             kwargs["precision"], reason = choose_precision(settings.accelerator)
             rank_zero_info(f"precision {kwargs['precision']}: {reason} (--trainer.precision overrides)")
+            if self.subcommand == "fit" and self.origin.run_dir:
+                with contextlib.suppress(ValueError):  # the run does not say
+                    before = read_precision(self.origin.run_dir)
+                    if before != kwargs["precision"]:
+                        rank_zero_info(
+                            f"{self.origin.run_dir} began in {before}, which --trainer.precision {before} keeps"
+                        )
         if self.subcommand == "fit":
             config = self.config["fit"]
             own = [one for one in callbacks if not isinstance(one, ProgressBar)]

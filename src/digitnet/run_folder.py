@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
 from filelock import FileLock, Timeout
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
@@ -109,6 +110,19 @@ def discard_run(folder: Path) -> None:
                 shutil.rmtree(path)
             elif path.name != LOCK:  # Windows removes no file that is open
                 path.unlink()
+
+
+def read_precision(run: Path) -> str:
+    """The precision that a run was begun in.
+
+    Raises:
+        ValueError: its record is damaged.
+    """
+    path = run / "hparams.yaml"
+    try:
+        return str(yaml.safe_load(path.read_text(encoding="utf-8"))["precision"])
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is damaged or lacks the precision; remove {run}, and it is trained anew") from error
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from filelock import FileLock
 
 from digitnet.classifier import DigitClassifier
 from digitnet.parsing import run_function
+from digitnet.run_folder import read_precision
 from digitnet.study import ablation
 from digitnet.study.ablation import (
     Row,
@@ -192,7 +193,7 @@ def test_a_run_with_a_plugin_goes_on_with_it(
 
 def test_a_run_without_a_record_of_its_precision_is_told(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"hparams\.yaml is damaged or lacks the precision; remove .*, and it is"):
-        ablation.read_precision(tmp_path)
+        read_precision(tmp_path)
 
 
 def test_a_changed_config_is_trained_again(configs: Path, trained: list[tuple[str, int]]) -> None:

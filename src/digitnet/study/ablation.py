@@ -37,7 +37,7 @@ from digitnet.data.sources import NAMES
 from digitnet.errors import nearest_name, to_one_line
 from digitnet.files import make_writable, tell_command, write_file, write_json
 from digitnet.machine import describe_environment
-from digitnet.run_folder import discard_run
+from digitnet.run_folder import discard_run, read_precision
 from digitnet.study.configs import read_config
 from digitnet.study.history import load_history
 
@@ -328,19 +328,6 @@ def fit_or_go_on(flags: list[str], seed: int, run: Path) -> None:
     }
     ours = [f"--seed_everything={seed}", f"--trainer.logger={json.dumps(logger)}"]
     main(["fit", *flags, *ours, "--trainer.devices=1", "--calibration.num_digits=0"])
-
-
-def read_precision(run: Path) -> str:
-    """The precision that a run was begun in.
-
-    Raises:
-        ValueError: its record is damaged.
-    """
-    path = run / "hparams.yaml"
-    try:
-        return str(yaml.safe_load(path.read_text(encoding="utf-8"))["precision"])
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is damaged or lacks the precision; remove {run}, and it is trained anew") from error
 
 
 def train(row: Row, seed: int, output: Path) -> Result:

@@ -22,13 +22,13 @@ from digitnet.data import MNISTDataModule, fetch_digits
 from digitnet.files import make_writable, tell_command, write_file, write_json
 from digitnet.machine import describe_environment
 from digitnet.model import Network, run_in_batches
+from digitnet.run_folder import read_precision
 from digitnet.study.ablation import (
     FIRST_SEED,
     fit_or_go_on,
     load_row,
     measure_seconds,
     parse_shard,
-    read_precision,
     resolve,
     verify_unchanged,
 )
