@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from copy import deepcopy
+from functools import partial
 from typing import Any, Literal, Self
 
 import lightning as L
@@ -174,11 +175,14 @@ class DigitClassifier(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": settings}
 
     def _make_scheduler(self, optimizer: torch.optim.Optimizer, num_steps: float | None) -> Any:
-        assert self.lr_scheduler is not None
-        given = getattr(self.lr_scheduler, "keywords", {})  # of a config, defaults included
-        lengths = [given.get(name) for name in ("total_steps", "epochs", "steps_per_epoch")]
-        if "total_steps" not in given or any(length is not None for length in lengths):
-            return self.lr_scheduler(optimizer)
+        make = self.lr_scheduler
+        assert make is not None
+        lengths = ("total_steps", "epochs", "steps_per_epoch")
+        if not isinstance(make, partial) or "total_steps" not in make.keywords:  # a config's have all their arguments
+            return make(optimizer)
+        given = make.keywords
+        if any(given.get(name) is not None for name in lengths):
+            return make(optimizer)
         steps = self.trainer.estimated_stepping_batches if num_steps is None else num_steps
         if steps == math.inf:
             raise ValueError(
@@ -188,9 +192,7 @@ class DigitClassifier(L.LightningModule):
         # Where its rise or its fall lasts a step or less, it divides by zero.
         pct_start = given.get("pct_start", 0.3)
         shortest = int(1 / pct_start) + 1 if pct_start else 1
-        return self.lr_scheduler(  # type: ignore[call-arg]
-            optimizer, total_steps=max(int(steps), shortest) + (pct_start == 1)
-        )
+        return make(optimizer, total_steps=max(int(steps), shortest) + (pct_start == 1))
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
         if not isinstance(scheduler, ReduceLROnPlateau):

@@ -21,19 +21,17 @@ from filelock import FileLock
 from digitnet.classifier import DigitClassifier
 from digitnet.parsing import run_function
 from digitnet.run_folder import read_precision
-from digitnet.study import ablation
+from digitnet.study import ablation, recipes
 from digitnet.study.ablation import (
-    Row,
     ablate,
     compare_orders,
-    load_row,
     load_tables,
     load_writeup,
     pick_jobs,
-    resolve,
     tabulate,
 )
 from digitnet.study.history import load_history
+from digitnet.study.recipes import Row, load_row, resolve
 
 OURS = ROOT / "configs" / "ablations"
 BASE = """\
@@ -154,8 +152,8 @@ def test_a_run_goes_on_in_its_precision_and_begins_anew_where_it_is_damaged(
         path.write_bytes(last.read_bytes()[:100])
     called: list[list[str]] = []
 
-    monkeypatch.setattr(ablation, "main", called.append)
-    ablation.fit_or_go_on(["--config=mine.yaml"], 42, run)
+    monkeypatch.setattr(recipes, "main", called.append)
+    recipes.fit_or_go_on(["--config=mine.yaml"], 42, run)
     if is_damaged:
         assert called[0][:3] == ["fit", "--config=mine.yaml", "--seed_everything=42"]
         assert not (run / "checkpoints").exists()
@@ -174,7 +172,7 @@ def test_a_run_that_cannot_be_read_now_stays(
     before = sorted(run.rglob("*"))
     monkeypatch.setattr(torch, "load", fail)
     with pytest.raises(ValueError, match="too many open files"):
-        ablation.fit_or_go_on(["--config=mine.yaml"], 42, run)
+        recipes.fit_or_go_on(["--config=mine.yaml"], 42, run)
     assert sorted(run.rglob("*")) == before
 
 
@@ -186,8 +184,8 @@ def test_a_run_with_a_plugin_goes_on_with_it(
     assert "\n  plugins: null\n" in config
     (run / "config.yaml").write_text(config.replace("\n  plugins: null\n", "\n  plugins: mine.DoublePrecision\n"))
     called: list[list[str]] = []
-    monkeypatch.setattr(ablation, "main", called.append)
-    ablation.fit_or_go_on(["--config=mine.yaml"], 42, run)
+    monkeypatch.setattr(recipes, "main", called.append)
+    recipes.fit_or_go_on(["--config=mine.yaml"], 42, run)
     assert called == [["fit", f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}"]]
 
 

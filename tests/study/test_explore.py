@@ -12,9 +12,9 @@ from conftest import ROOT
 from torchvision.transforms import v2
 
 from digitnet.augment import RandomAffine, preview_augmentation
-from digitnet.study.ablation import load_row, resolve
 from digitnet.study.configs import SECTIONS, load_data_module, make_untrained, read_config
 from digitnet.study.explore import NUM_DRAWS, draw_pictures, explore, show_seen
+from digitnet.study.recipes import load_row, resolve
 from digitnet.views import see_upright
 
 DIGITS = "data:\n  source: digits\n  split: [1297, 250, 250]\n"

@@ -21,8 +21,8 @@ from digitnet.checkpoints import load_net, save_weights
 from digitnet.data import MNISTDataModule, load_bundled_digits
 from digitnet.model import DigitNet
 from digitnet.study import protocol as module
-from digitnet.study.ablation import load_row
 from digitnet.study.protocol import judge, render_table, shift, shorten_schedule
+from digitnet.study.recipes import load_row
 
 CONFIG = """\
 data: {source: digits, batch_size: 800}

@@ -23,7 +23,8 @@ from digitnet.files import make_writable, tell_command, write_file, write_json
 from digitnet.machine import describe_environment
 from digitnet.model import Network, run_in_batches
 from digitnet.run_folder import read_precision
-from digitnet.study.ablation import (
+from digitnet.study.published import KNOWN_WRONG
+from digitnet.study.recipes import (
     FIRST_SEED,
     fit_or_go_on,
     load_row,
@@ -32,7 +33,6 @@ from digitnet.study.ablation import (
     resolve,
     verify_unchanged,
 )
-from digitnet.study.published import KNOWN_WRONG
 
 SPLIT = (60_000, 5_000, 5_000)  # all training images; the 10,000 test images in two halves, the second the write-up's
 CUTS: dict[str, Callable[[Any], bool]] = {  # the trainer's: with such a value not every epoch is of all images
