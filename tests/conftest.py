@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # workers that fight for the cores are slower than one; read when torch starts
+    gc.disable()  # until all is imported, which it would walk in vain for a second and a half
 
 import shutil
 import socket
@@ -27,6 +29,11 @@ ROOT = Path(__file__).parent.parent
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 Run = Callable[..., int]
 NUM_GENERATED = int(os.environ.get("DIGITNET_FUZZ", "0"))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def generated(few: int) -> settings:
