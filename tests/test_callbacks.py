@@ -102,7 +102,9 @@ def test_average_goes_on_where_it_was(digitnet: Run, tmp_path: Path) -> None:
 
 def test_settings_for_a_table_can_be_said_in_plain_yaml() -> None:
     teacher = {"class_path": "digitnet.Teacher", "init_args": {"checkpoint": Path("a.ckpt"), "label_frac": None}}
-    flat = flatten_settings({"teacher": teacher, "split": (1, 2, 3)})
+    steps = [{"class_path": "ToDtype", "init_args": {"dtype": torch.float32}}]
+    flat = flatten_settings({"teacher": teacher, "split": (1, 2, 3), "transforms": steps})
+    assert flat.pop("transforms") == str(steps)
     assert flat == {"teacher": "Teacher", "teacher/checkpoint": "a.ckpt", "split": [1, 2, 3]}
     assert yaml.safe_load(yaml.safe_dump(flat)) == flat
 

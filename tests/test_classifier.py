@@ -45,6 +45,15 @@ def test_a_trainer_predicts_the_test_images() -> None:
     torch.testing.assert_close(torch.cat(answers), expected)  # type: ignore[arg-type]
 
 
+def test_a_module_that_was_validated_can_be_trained() -> None:
+    model, data = DigitClassifier(), MNISTDataModule("digits", split=(1297, 250, 250), batch_size=8)
+    trainer = L.Trainer(accelerator="cpu", max_epochs=1, limit_train_batches=1, **QUIET)  # type: ignore[arg-type]
+    [before] = trainer.validate(model, data, verbose=False)
+    trainer.fit(model, data)
+    [after] = trainer.validate(model, data, verbose=False)
+    assert after["val/loss"] != before["val/loss"]
+
+
 def test_channels_last_changes_the_layout_not_the_result() -> None:
     images, labels = torch.rand(8, 1, 28, 28), torch.arange(8)
     results = {}

@@ -114,6 +114,8 @@ def test_every_config_parses(digitnet: Run, config: Path, capsys: pytest.Capture
         else:
             assert found["class_path"] == wanted["class_path"]
             assert found["init_args"].items() >= wanted["init_args"].items()
+        if name == "optimizer" and wanted is not None:  # what another optimizer would have of the default's is said
+            assert {"lr", "eps", "fused"} <= wanted["init_args"].keys()
 
 
 def test_final_config_is_the_write_ups_recipe(digitnet: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -763,6 +765,7 @@ WRONG = [
     (["fit", "--model.lr_scheduler.T_max", "0"], 1, "model.lr_scheduler: "),
     (["fit", "--model.optimizer", "torch.optim.SparseAdam"], 1, "model.optimizer: SparseAdam: SparseAdam does not"),
     (["fit", "--model.optimizer", "torch.optim.LBFGS"], 1, "model.optimizer: LBFGS: view size is not compatible"),
+    (["fit", "--model.optimizer", "torch.optim.LBFGS"], 1, "; give --model.channels_last false"),
     (["fit", "--model.optimizer.lr", "null"], 1, "model.optimizer or model.lr_scheduler: '<=' not supported"),
     (
         ["fit", "--early_stopping.monitor", "val/accuracy"],
@@ -795,6 +798,7 @@ WRONG = [
     (["fit", "--last_checkpoint.save_weights_only", "true"], 1, "save_weights_only is true, and must stay false: "),
     (["fit", "--last_checkpoint.every_n_train_steps", "0"], 1, "every_n_train_steps is 0, and must stay null: "),
     (["fit", "--best_checkpoint.every_n_epochs", "3"], 1, "every_n_epochs is 3, and must stay null: "),
+    (["fit", "--last_checkpoint.save_on_exception", "true"], 1, "save_on_exception is true, and must stay false: "),
     (
         ["fit", "--best_checkpoint.monitor", "null"],
         1,
@@ -803,6 +807,14 @@ WRONG = [
     (["fit", "--trainer.accumulate_grad_batches", "0"], 1, "accumulate_grad_batches is 0; it must be at least 1"),
     (["fit", "--trainer.sync_batchnorm", "true"], 1, "each process normalizes by its own images; give --tra"),
     (["fit", "--trainer.val_check_interval", "0"], 1, "val_check_interval is 0; a number of steps is at least 1"),
+    (
+        ["fit", "--trainer.val_check_interval", "46"],
+        1,
+        "val_check_interval is 46, but a pass has 45 batches; give fewer",
+    ),
+    (["fit", "--trainer.limit_train_batches", "0.01"], 1, "limit_train_batches is 0.01, a share that leaves no batch"),
+    (["fit", "--trainer.limit_val_batches", "0.9"], 1, "limit_val_batches is 0.9, a share that leaves no batch; give"),
+    (["fit", "--trainer.strategy", "ddp_spawn"], 1, "in processes that this one does not hear from; give ddp"),
     (["fit", *ONE_CYCLE, "--trainer.max_epochs", "3"], 1, "for 8 steps, this training has 135; give --model.lr_sch"),
     (["fit", *ONE_CYCLE, "--trainer.max_epochs", "-1"], 1, "this training has inf; give --trainer.max_epochs"),
     (["fit", "--ckpt_path"], 2, "--ckpt_path: expected one argument"),
@@ -811,6 +823,11 @@ WRONG = [
     (["fit", "--ckpt_path", "weights.ckpt"], 1, "weights.ckpt holds weights only; to go on with training, give a last"),
     (["fit", "--trainer.logger.save_dir", "a_file"], 1, "cannot write to a_file"),
     (["fit", "--trainer.logger.sub_dir", "mine"], 1, "sub_dir mine, which splits a run over two folders; leave it out"),
+    (
+        ["fit", "--trainer.logger.save_dir", "s3://mine"],
+        1,
+        "save_dir is s3://mine; a run needs a folder of this machine",
+    ),
     (["test"], 1, "train one first: python -m digitnet fit --config configs/final.yaml"),
     (["validate", "--ckpt_path", "text.ckpt"], 1, "text.ckpt is not a checkpoint"),
     (
@@ -872,6 +889,13 @@ def test_without_a_validated_epoch_fit_says_that_there_is_no_best_checkpoint(
 def test_a_split_in_a_foreign_checkpoint_is_taken_only_if_it_is_one(split: Any) -> None:
     settings = read_data_settings({"datamodule_hyper_parameters": {"source": "digits", "split": split}})
     assert settings == {"source": "digits"} | ({"split": [1, 2, 3]} if split == (1, 2, 3) else {})
+
+
+def test_a_folder_of_a_run_without_a_checkpoint_is_told_of(digitnet: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("fit", "--config", QUICKSTART, *SHORT, "--trainer.logger.version", "mine")
+    assert digitnet(*flags, "--trainer.max_epochs", 0) == 0
+    assert digitnet(*flags) == 1
+    assert "mine holds a run; it has no checkpoint yet; where no fit is at work in it, re" in capsys.readouterr().err
 
 
 def test_images_that_were_trained_on_are_told_of(
@@ -976,6 +1000,17 @@ def test_a_run_with_a_second_logger_goes_on(digitnet: Run, tmp_path: Path, caplo
     caplog.clear()
     assert digitnet(*fit, "--trainer.logger", json.dumps(loggers[::-1]), "--trainer.max_epochs", 1) == 0
     assert any("the first is no TensorBoardLogger, so a run that is stopped ends there" in x for x in caplog.messages)
+
+
+def test_what_lightning_may_be_told_in_other_words_can_be_gone_on_with(digitnet: Run, tmp_path: Path) -> None:
+    swa = "--trainer.callbacks+=lightning.pytorch.callbacks.StochasticWeightAveraging"  # whose device is no plain YAML
+    other = ("--trainer.logger", "true", "--trainer.val_check_interval", "00:00:00:00", swa)
+    fit = ("fit", "--config", QUICKSTART, *SHORT, *other, "--trainer.callbacks.swa_lrs", 0.001)
+    assert digitnet(*fit) == 0
+    (last,) = tmp_path.glob("lightning_logs/digitnet/version_0/checkpoints/last.ckpt")
+    assert last.with_name("best.ckpt").exists()
+    assert digitnet("fit", "--ckpt_path", "last", "--trainer.max_epochs", 3) == 0
+    assert torch.load(last, weights_only=True)["epoch"] == 2
 
 
 def test_without_a_logger_a_stopped_training_goes_on_by_the_same_command(

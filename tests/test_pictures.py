@@ -46,6 +46,12 @@ def test_pictures_come_at_the_first_validation_after_so_many_epochs(digitnet: Ru
     assert [image.step for image in read_events(RUN).Images("val/confusion")] == [15, 23]  # epochs 4 and 6
 
 
+def test_a_sanity_check_is_no_validation_to_draw(digitnet: Run) -> None:
+    never = ("--trainer.max_epochs", 1, "--trainer.check_val_every_n_epoch", 2)
+    fit(digitnet, *never, "--trainer.num_sanity_val_steps", 2, "--pictures.every_n_epochs", 1)
+    assert read_events(RUN).Tags()["images"] == ["train/augmentation"]
+
+
 def test_precision_recall_curves_count_every_validation_image(digitnet: Run) -> None:
     fit(digitnet)
     labels = fetch_digits("digits").labels[1717 : 1717 + 40]

@@ -204,8 +204,10 @@ def flatten_settings(settings: dict[str, Any], prefix: str = "") -> dict[str, An
         elif isinstance(value, dict):
             flat |= flatten_settings(value, prefix if key == "init_args" else name)
         elif value is not None:
-            # Tuples and paths YAML cannot say plainly.
-            flat[name] = list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
+            # Tuples, paths and objects YAML cannot say plainly.
+            of_objects = isinstance(value, list) and any(isinstance(one, dict) for one in value)
+            is_text = of_objects or isinstance(value, Path)
+            flat[name] = list(value) if isinstance(value, tuple) else str(value) if is_text else value
     return flat
 
 
@@ -264,7 +266,8 @@ class HyperparameterSummary(Callback):
 class StopOnNaN(Callback):
     """Stop ``fit`` when the loss is no longer a finite number, before a checkpoint holds what it left.
 
-    Looked at every step on the CPU; else every 50 steps and at an epoch's last, as asking a device takes time.
+    Looked at every step by one process on the CPU; else every 50 steps and at an epoch's last, as asking a device or
+    other processes takes time.
 
     Raises:
         ValueError: the loss is infinite or not a number; the message says what to try.

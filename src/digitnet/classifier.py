@@ -32,8 +32,13 @@ METRICS = ("train/loss", "train/acc", "val/loss", "val/acc")  # of each epoch
 class MeanLoss(MeanMetric):
     """A running mean that is counted in float32 at least, whatever dtype the module is turned into.
 
-    Lightning's bf16-true turns all of a module, metrics too, and bfloat16 counts no further than 256 by ones.
+    Lightning's bf16-true turns all of a module, metrics too, and bfloat16 counts no further than 256 by ones. And one
+    that validated before it trains can still do so: torchmetrics leaves what inference mode made, which is not updated.
     """
+
+    def reset(self) -> None:
+        with torch.inference_mode(False):
+            super().reset()
 
     def _apply(self, fn: Any, exclude_state: Any = "") -> Self:
         super()._apply(fn, exclude_state)
@@ -53,7 +58,8 @@ class DigitClassifier(L.LightningModule):
             (digitnet.UprightNet); or "zoom", seen from near as well, and augmented by itself (digitnet.ZoomNet).
         dropout: probability of dropping a unit after each of the two hidden dense layers, in [0, 1).
         conv_dropout: probability of dropping a value after each pooling, in [0, 1).
-        optimizer: any torch optimizer, by class path or name; its arguments follow as ``init_args``.
+        optimizer: any torch optimizer, by class path or name; its arguments follow as ``init_args``. Of the default's,
+            lr 0.001, eps 1e-7 and fused hold for another one, too, where it has such and they are not given.
         lr_scheduler: any torch learning-rate schedule, stepped once an epoch (OneCycleLR and CyclicLR: once a step);
             none by default. A OneCycleLR of a config that does not say its length is as long as the training.
         selection: chooses which images of each augmented batch to train on, such as digitnet.HardExamples; the loss

@@ -17,6 +17,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from jsonargparse.typing import register_type
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -42,6 +43,7 @@ from digitnet.guards import (
     FIXED,
     explain_failures,
     verify_is_text,
+    verify_limits,
     verify_optimization,
     verify_sections,
     verify_settings,
@@ -221,6 +223,8 @@ class DigitCLI(LightningCLI):
             config.model.teacher = config.model.selection = None
             return
         verify_settings(config)
+        if config.trainer.logger is None or config.trainer.logger is True:  # Lightning's words for one of TensorBoard's
+            config.trainer.logger = self._parser("fit").get_defaults().trainer.logger
         prepare_loggers(config, self.origin.run_dir)
         if config.trainer.logger is False:
             self.save_config_callback = None  # there is no folder for it
@@ -293,6 +297,7 @@ class DigitCLI(LightningCLI):
             images = self.datamodule.datasets[0].images[:8]
             verify_augmentation(self.datamodule.augmentation, images.to(self.trainer.strategy.root_device))
         first_step = self.origin.begun.num_steps if self.origin.begun else 0
+        verify_limits(self.trainer, self.datamodule)
         verify_optimization(self.trainer, model, self.datamodule, self.origin.begun)
         self.origin.verify_model(model, self.trainer.max_epochs)
         with contextlib.ExitStack() as stack:
@@ -380,6 +385,7 @@ def main(args: list[str], cli_class: type[DigitCLI] = DigitCLI) -> DigitCLI:
     """
     hide_noise()
     limit_imports()
+    register_type(torch.device)  # StochasticWeightAveraging has one
     keep_freed_memory()
     with choose_once():
         cli = cli_class(args)

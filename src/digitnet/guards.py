@@ -25,7 +25,8 @@ from digitnet.errors import nearest_name
 # What makes best.ckpt the best epoch's and last.ckpt the last one's.
 FIXED_FOR_BOTH = {
     "dirpath": None, "save_top_k": 1, "save_last": None, "every_n_epochs": None, "every_n_train_steps": None,
-    "train_time_interval": None, "enable_version_counter": False, "auto_insert_metric_name": False,
+    "train_time_interval": None, "save_on_exception": False, "enable_version_counter": False,
+    "auto_insert_metric_name": False,
 }  # fmt: skip
 FIXED: dict[str, dict[str, Any]] = {
     "best_checkpoint": {**FIXED_FOR_BOTH, "filename": "best"},
@@ -127,7 +128,7 @@ def verify_settings(config: Any) -> None:
     """Refuse settings of ``fit`` that would train nothing, or make its checkpoints other than they are called.
 
     Args:
-        config: of fit; where a ``train/`` metric is monitored, its callback is set to look after the epoch.
+        config: of fit; its callbacks are set to look for what they monitor when it is there.
 
     Raises:
         ValueError: there is one.
@@ -138,6 +139,14 @@ def verify_settings(config: Any) -> None:
     interval = config.trainer.val_check_interval
     if isinstance(interval, int) and interval < 1:
         raise ValueError(f"trainer.val_check_interval is {interval}; a number of steps is at least 1")
+    if not isinstance(interval, (int, float, type(None))):  # a time, of which Lightning's EarlyStopping does not know
+        config.early_stopping.check_on_train_epoch_end = False
+    strategy = str(config.trainer.strategy)
+    if any(way in strategy for way in ("spawn", "fork", "notebook")):
+        raise ValueError(
+            f"trainer.strategy {strategy} leaves what was trained, and what went wrong, in processes that this one "
+            "does not hear from; give ddp"
+        )
     if config.trainer.sync_batchnorm:
         raise ValueError(
             "trainer.sync_batchnorm finds no layers of PyTorch's to convert: each process normalizes by its own images"
@@ -159,6 +168,31 @@ def verify_settings(config: Any) -> None:
                     "the last one's, in the run's folder. To keep others too, add a "
                     "lightning.pytorch.callbacks.ModelCheckpoint to trainer.callbacks"
                 )
+
+
+def verify_limits(trainer: L.Trainer, data: MNISTDataModule) -> None:
+    """Refuse shares that leave no batch, and a validation that no pass comes to; Lightning does so with a run begun.
+
+    Raises:
+        ValueError: there is one.
+    """
+    num_train = count_batches(data.split[0], data.batch_size, trainer.limit_train_batches, trainer)
+    num_val = count_batches(data.split[1], data.eval_batch_size, trainer.limit_val_batches, trainer)
+    for part, num, limit in (
+        ("train", num_train, trainer.limit_train_batches),
+        ("val", num_val, trainer.limit_val_batches),
+    ):
+        if limit and not num:
+            raise ValueError(
+                f"trainer.limit_{part}_batches is {limit}, a share that leaves no batch; give a larger one, or a number"
+            )
+    interval = getattr(trainer, "val_check_interval", None)  # there is none where time decides
+    each_pass = trainer.check_val_every_n_epoch is not None
+    if isinstance(interval, int) and each_pass and num_val and interval > num_train > 0:
+        raise ValueError(
+            f"trainer.val_check_interval is {interval:,}, but a pass has {num_train:,} batches; give fewer, or "
+            "--trainer.check_val_every_n_epoch null to count on from pass to pass"
+        )
 
 
 def verify_unseen(name: str, settings: dict[str, Any], data: MNISTDataModule) -> None:
@@ -223,11 +257,15 @@ def verify_optimization(
             verify_monitor("model.lr_scheduler", schedule["monitor"], schedule["scheduler"].mode)
 
 
+def count_batches(num_images: int, batch_size: int, limit: float, trainer: L.Trainer) -> int:
+    """How many batches of one process some images are, at most a number of them (int) or a share (float)."""
+    batches = math.ceil(math.ceil(num_images / trainer.world_size) / batch_size)
+    return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+
+
 def count_steps_per_epoch(trainer: L.Trainer, data: MNISTDataModule) -> int:
     """How many optimizer steps an epoch has."""
-    batches = math.ceil(math.ceil(data.split[0] / trainer.world_size) / data.batch_size)
-    limit = trainer.limit_train_batches
-    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    batches = count_batches(data.split[0], data.batch_size, trainer.limit_train_batches, trainer)
     return math.ceil(batches / trainer.accumulate_grad_batches)
 
 
@@ -272,7 +310,8 @@ def try_optimizer(optimizer: torch.optim.Optimizer) -> None:
             weight.grad = torch.zeros_like(weight)
         optimizer.step(lambda: 0.0)
     except Exception as error:  # any optimizer, any argument
-        raise ValueError(f"model.optimizer: {type(optimizer).__name__}: {error}") from error
+        remedy = "; give --model.channels_last false" if "view size" in str(error) else ""
+        raise ValueError(f"model.optimizer: {type(optimizer).__name__}: {error}{remedy}") from error
     finally:
         for weight, value in zip(weights, kept, strict=True):
             weight.data.copy_(value)

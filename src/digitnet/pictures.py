@@ -53,6 +53,7 @@ class Pictures(CollectScores):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.periods = trainer.current_epoch // max(self.every_n_epochs, 1)
+        self.logits, self.labels = [], []  # of a sanity check
         if not self.is_new_run:
             return
         data = find_data(trainer)

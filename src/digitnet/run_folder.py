@@ -40,9 +40,11 @@ def prepare_loggers(config: Any, run_dir: Path | None) -> None:
         if value := settings.get("sub_dir"):
             raise ValueError(f"trainer.logger has sub_dir {value}, which splits a run over two folders; leave it out")
         for name in ("save_dir", "name"):
-            # Lightning expands "~/runs" and "$SCRATCH" for a logger's own files, not for the checkpoints beside.
             if value := settings.get(name):
-                settings[name] = os.path.expanduser(os.path.expandvars(value))  # noqa: PTH111  may be a URL
+                if "://" in str(value):  # a logger writes there, checkpoints would go to a folder of that name
+                    raise ValueError(f"trainer.logger.{name} is {value}; a run needs a folder of this machine")
+                # Lightning expands "~/runs" and "$SCRATCH" for a logger's own files, not for the checkpoints beside.
+                settings[name] = os.path.expandvars(Path(value).expanduser())
     first = find_first_logger(config)
     is_tensorboard = str(getattr(first, "class_path", "")).endswith("TensorBoardLogger")
     if not run_dir:
@@ -84,8 +86,10 @@ def claim_folder(logger: TensorBoardLogger, to_go_on: bool) -> Iterator[None]:
     folder = Path(logger.log_dir)
     make_writable(folder, flag)
     if (folder / "config.yaml").exists() and not to_go_on:
-        go_on = tell_command("fit", "--ckpt_path", folder / "checkpoints" / "last.ckpt")
-        raise ValueError(f"{folder} holds a run; to go on: {go_on}")
+        last = folder / "checkpoints" / "last.ckpt"
+        to_go_on_with = f"to go on: {tell_command('fit', '--ckpt_path', last)}"
+        nothing = "it has no checkpoint yet; where no fit is at work in it, remove it"
+        raise ValueError(f"{folder} holds a run; {to_go_on_with if last.exists() else nothing}")
     with _lock(folder) as is_locked:
         if is_locked:
             for mine in (folder, folder / "checkpoints"):  # not where export or test may be at work
