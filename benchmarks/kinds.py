@@ -32,7 +32,6 @@ def main() -> None:
     order = np.concatenate([places[:, :: -1 if args.odd_first else 1].T.ravel(), np.arange(60_000, 70_000)])
     packed = io.BytesIO()
     np.savez_compressed(packed, images=digits.images[order], labels=digits.labels[order])
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     write_file(args.output, packed.getvalue())
 
 

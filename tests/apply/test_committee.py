@@ -143,12 +143,17 @@ def test_it_is_loaded_as_a_module_without_a_trainer(committee: Path) -> None:
 
 
 def test_a_member_is_neither_counted_twice_nor_overwritten(
-    digitnet: Run, members: list[Path], capsys: pytest.CaptureFixture[str]
+    digitnet: Run, members: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = members[0].read_bytes()
     assert digitnet("committee", *members[:2], "--output", members[0]) == 1
     assert f"output is {members[0]}, which is a member; give another file" in capsys.readouterr().err
     assert members[0].read_bytes() == before
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").write_text("seed_everything: 1\n")
+    assert digitnet("committee", *members[:2], "--output", run / "checkpoints" / "best.ckpt") == 1
+    assert "best.ckpt, which is among a run's own checkpoints; give a file elsewhere" in capsys.readouterr().err
     assert digitnet("committee", members[0], members[0]) == 1
     assert f"{members[0]} is given twice; give each member once" in capsys.readouterr().err
 

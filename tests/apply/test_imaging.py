@@ -117,6 +117,13 @@ def test_a_transparent_background_is_paper_whatever_the_ink(ink: int) -> None:
     np.testing.assert_array_equal(found(picture).image, found(bar()).image)
 
 
+def test_the_darker_edges_of_bright_ink_are_no_ink() -> None:
+    soft = Image.eval(bar(), lambda v: 255 - v).resize((190, 190), Image.Resampling.BILINEAR)
+    assert len(soft.getcolors() or []) > 2
+    picture = Image.merge("RGBA", [soft] * 4)  # drawn onto nothing, so that its edges are mixed with black
+    assert apart(found(picture).image, found(Image.eval(soft, lambda v: 255 - v)).image) < 8
+
+
 @pytest.mark.parametrize("mode", ["1", "P", "RGB", "RGBA", "CMYK", "LA", "I", "F", "I;16"])
 def test_every_mode_reads_alike(mode: str) -> None:
     sixteen = Image.fromarray(np.asarray(bar()).astype(np.uint16) * 257)
@@ -157,14 +164,15 @@ def test_every_format_opens(kind: str, tmp_path: Path) -> None:
         np.testing.assert_array_equal(found(open_picture(file)).image, from_path)
 
 
-def test_a_photo_held_sideways_is_turned_upright() -> None:
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF", "PNG"])
+def test_a_photo_held_sideways_is_turned_upright(kind: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # "turn a quarter clockwise to see it upright"
-    lying = encoded(bar().transpose(Image.Transpose.ROTATE_90), "JPEG", exif=exif, quality=95)
+    lying = encoded(bar().transpose(Image.Transpose.ROTATE_90), kind, exif=exif, quality=95)
     digit = found(open_picture(lying))
     assert extent(digit.image) == (20, 4)
     assert "turned by EXIF" in digit.steps
-    assert "turned by EXIF" not in found(open_picture(encoded(bar(), "JPEG"))).steps
+    assert "turned by EXIF" not in found(open_picture(encoded(bar(), kind))).steps
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
@@ -396,6 +404,19 @@ def test_shading_and_a_shadow_change_little(digits: np.ndarray) -> None:
             digit = found(Image.fromarray((plain * light).astype(np.uint8)))
             assert apart(digit.image, expected) < 14
             assert "shading removed" in digit.steps
+
+
+@pytest.mark.parametrize("width", [6, 9, 40])
+def test_a_shadow_over_most_of_a_photo_leaves_the_paper_bright(width: int) -> None:
+    picture, draw = page((900, 1200), 225)
+    draw.line([(450 + 360 * (x - 0.5), 600 + 360 * (y - 0.5)) for x, y in STROKES[7][0]], 80, width, "curve")
+    y, x = np.mgrid[-1:1:1200j, -1:1:900j]
+    expected = found(picture).image
+    for angle in np.arange(0, 2 * np.pi, np.pi / 4):
+        shade = ((np.cos(angle) * x + np.sin(angle) * y + 0.3) / 0.05 + 0.5).clip(0, 1)
+        digit = found(Image.fromarray((np.asarray(picture) * (1 - 0.45 * shade)).astype(np.uint8)))
+        assert {"inverted", "shading removed"} <= set(digit.steps)
+        assert apart(digit.image, expected) < 14
 
 
 def test_a_hairline_survives() -> None:
@@ -904,6 +925,19 @@ def test_split_joins_the_parts_of_broken_digits(num_whole: int, num_broken: int)
     digits = split_digits(picture)
     assert len(digits) == num_whole + num_broken
     assert all(extent(digit.image)[0] == 20 for digit in digits)
+
+
+def test_split_takes_a_line_to_write_on_for_no_part_of_the_digit_above_it() -> None:
+    picture, draw = page((900, 600))
+    for left in (100, 300, 500, 700):
+        for top in (60, 260):
+            draw.line([(left + 80 * x, top + 100 * y) for x, y in STROKES[7][0]], 0, 6)
+            draw.line((left, top + 95, left + 80, top + 95), 0, 3)
+    digits = split_digits(picture)
+    assert len(digits) == 8
+    alone, pen = page()
+    pen.line([(60 + 80 * x, 50 + 100 * y) for x, y in STROKES[7][0]], 0, 6)
+    assert all(apart(digit.image, found(alone).image) < 8 for digit in digits)
 
 
 def test_split_takes_the_bar_of_a_fraction_for_a_piece_of_neither_digit() -> None:

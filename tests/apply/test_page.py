@@ -6,8 +6,10 @@ import io
 import re
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -99,6 +101,14 @@ def draw(page: Page, strokes: list[Points]) -> None:
         page.mouse.up()
 
 
+def wait_until(page: Page, condition: str) -> None:
+    """Playwright's own waiting needs eval, which the page forbids."""
+    deadline = time.monotonic() + 5
+    while not page.evaluate(condition):
+        assert time.monotonic() < deadline, condition
+        page.wait_for_timeout(20)
+
+
 def answer_with(answer: dict[str, Any], route: Route) -> None:
     route.fulfill(json=answer)
 
@@ -122,6 +132,24 @@ def test_drawn_digits_are_read(page: Page) -> None:
         page.get_by_role("button", name="Clear").click()
         expect(page.locator("#digit")).to_have_text("")
         expect(page.locator("#seen")).to_be_hidden()
+
+
+def test_a_tap_draws_a_dot(page: Page) -> None:
+    draw(page, [[(0.5, 0.5)]])
+    inked = """paper => paper.getContext("2d").getImageData(0, 0, paper.width, paper.height).data
+        .filter((value, i) => i % 4 === 3 && value > 127).length"""
+    assert page.locator("#paper").evaluate(inked) > 50
+
+
+def test_a_photo_that_changes_on_disk_is_still_the_one_that_was_chosen(page: Page, tmp_path: Path) -> None:
+    photo = tmp_path / "photo.png"
+    photo.write_bytes(png(4))
+    page.set_input_files("#photo", photo)
+    expect(page.locator("#digit")).to_have_text("4")
+    photo.write_bytes(png(7) + b" ")
+    page.keyboard.press("Escape")
+    page.keyboard.press("Control+z")
+    expect(page.locator("#digit")).to_have_text("4")
 
 
 def test_keys_undo_and_clear(page: Page) -> None:
@@ -234,11 +262,14 @@ def test_a_photo_that_is_still_opened_gives_way_to_what_comes_after(page: Page) 
     page.set_input_files("#photo", seven)
     expect(page.locator("#verdict")).to_have_text("Reading …")
     expect(page.locator("#digit")).to_have_text("")  # the drawing's answer is not the photo's
+    wait_until(page, "Boolean(window.opened)")
     page.keyboard.press("Escape")
     page.evaluate("opened()")
     page.wait_for_timeout(300)
     expect(page.locator("#verdict")).to_have_text("Nothing yet")
+    page.evaluate("opened = null")
     page.set_input_files("#photo", seven)
+    wait_until(page, "Boolean(window.opened)")
     page.evaluate("opened()")
     expect(page.locator("#digit")).to_have_text("7")
     page.keyboard.press("Escape")

@@ -162,6 +162,10 @@ def test_patterns_standard_input_and_contact_sheets(
     assert [Path(one["file"]).name for one in answers] == ["-", "a.png", "empty.png", "*.gif"]
     assert answers[0]["digit"] == answers[1]["digit"]
     assert answers[3]["message"] == "no file is named like this"
+    (folder / "no_pictures").mkdir()
+    assert digitnet("predict", "--ckpt_path", ckpt_path, "--json", folder / "no_p*") == 1
+    [answer] = json.loads(capsys.readouterr().out)
+    assert answer["message"] == "no pictures in what is named like this"
 
     odd = Path("odd")
     for name in ("in", "empty", ".hidden"):

@@ -244,6 +244,17 @@ def test_a_run_that_ended_early_is_refused(
     assert "ended after 1 of 3 epochs; its figure is not fixed" in error
 
 
+def test_a_training_that_validates_often_is_not_ended_by_it(
+    digitnet: Run, tmp_path: Path, few: tuple[Tensor, Tensor], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = yaml.safe_load((tmp_path / "mine.yaml").read_text())
+    config["data"]["batch_size"] = 20  # five validations an epoch, each no better than the first
+    config["trainer"] |= {"val_check_interval": 0.2}
+    config["model"] = {**config.get("model", {}), "optimizer": {"class_path": "SGD", "init_args": {"lr": 1e-30}}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(config))
+    assert digitnet("protocol", "mine.yaml", "--seeds", 1) == 0, capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "cut", ["limit_train_batches: 2", "limit_train_batches: 0.5", "overfit_batches: 1", "max_steps: 3", "max_time: 1d"]
 )

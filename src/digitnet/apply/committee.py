@@ -38,6 +38,8 @@ def committee(checkpoints: list[Path], output: Path = Path("committee.ckpt"), da
         raise ValueError(f"a committee needs two checkpoints or more; given: {', '.join(map(str, paths)) or 'none'}")
     if output.is_dir():
         raise ValueError(f"output is {output}, which is a folder; give a file, such as committee.ckpt")
+    if find_run(output):
+        raise ValueError(f"output is {output}, which is among a run's own checkpoints; give a file elsewhere")
     files = [path.resolve() for path in paths]
     for path, file in zip(paths, files, strict=True):
         if files.count(file) > 1:

@@ -13,6 +13,9 @@ from scipy import ndimage
 Invert = Literal["auto", "yes", "no"]
 
 WINDOW = 0.35  # of a picture's shorter side; no stroke is that wide
+NEAR = (
+    0.12  # of a picture's shorter side: there the edge of a shadow differs little from its surroundings, and ink much
+)
 MIN_CONTRAST = 12  # grey levels; less is paper
 MIN_SHARE = 0.3  # of how much the shading varies; ink that is fainter everywhere is shading
 
@@ -38,10 +41,11 @@ def find_ink(picture: Image.Image, invert: Invert) -> Ink | None:
         fits = [fit_paper(small @ mix) for mix in mixes]
         contrasts = [max(fit.dark, fit.bright) * (1 if i else 1.5) for i, fit in enumerate(fits)]  # grey has less noise
         best = int(np.argmax(contrasts))
-        fit, pixels = fits[best], pixels @ mixes[best]
+        fit, small, pixels = fits[best], small @ mixes[best], pixels @ mixes[best]
     else:
-        fit, pixels = fit_paper(small[..., 0]), pixels[..., 0]
-    dark = fit.dark * fit.level > fit.bright * (255 - fit.level) if invert == "auto" else invert == "yes"
+        small, pixels = small[..., 0], pixels[..., 0]
+        fit = fit_paper(small)
+    dark = is_dark(small, fit) if invert == "auto" else invert == "yes"
     steps = ["inverted"] if dark else []
 
     light = pixels if dark else 255 - pixels  # ink is the darker in it
@@ -66,6 +70,23 @@ def find_ink(picture: Image.Image, invert: Invert) -> Ink | None:
     return ink if ink.values.max() > max(floor, MIN_SHARE * shading) else None
 
 
+def is_dark(image: np.ndarray, fit: Paper) -> bool:
+    """Whether the paper is dark, and the ink on it bright: it is what differs further, and has more room to differ.
+
+    Args:
+        image: (H, W) float32.
+        fit: of the image.
+    """
+    below, above = fit.dark, fit.bright
+    if min(below, above) > MIN_CONTRAST:  # the edge of a shadow, perhaps, to which no even shading fits
+        window = max(1, round(NEAR * min(image.shape)))
+        near = measure_contrasts(image - ndimage.median_filter(image, window, mode="nearest"))
+        nearer = min(below, near[0]), min(above, near[1])
+        if max(nearer) > MIN_CONTRAST:  # else strokes are wider than the window
+            below, above = nearer
+    return below * fit.level > above * (255 - fit.level)
+
+
 class Paper(NamedTuple):
     """The paper's middle level, and how far the few pixels that differ most lie below and above the paper."""
 
@@ -84,9 +105,14 @@ def fit_paper(image: np.ndarray) -> Paper:
         distance = np.abs(flat - fitted)
         weighted = terms / (1 + (distance / (2 * quantile(distance, 0.5) + 4)) ** 2)
         fitted = np.linalg.solve(weighted @ terms.T + 1e-3 * np.eye(6), weighted @ flat) @ terms
-    few = max(1, min(16, flat.size // 50))
-    rest = np.partition(flat - fitted, (few, -few))
-    return Paper(quantile(fitted, 0.5), -float(rest[:few].mean()), float(rest[-few:].mean()))
+    return Paper(quantile(fitted, 0.5), *measure_contrasts(flat - fitted))
+
+
+def measure_contrasts(rest: np.ndarray) -> tuple[float, float]:
+    """How far the few pixels that differ most from the paper, by what is left without it, lie below and above it."""
+    few = max(1, min(16, rest.size // 50))
+    ordered = np.partition(rest, (few, -few), axis=None)
+    return -float(ordered[:few].mean()), float(ordered[-few:].mean())
 
 
 @lru_cache(maxsize=8)

@@ -72,11 +72,13 @@ def find_named(name: str) -> list[Source]:
     anchor = Path(path.anchor)
     typed = {*path.parts}
     found: dict[str, Source] = {}  # by name: a pattern may match a folder and what is in it
+    nothing = Source(name, None, "no file is named like this")
     for one in sorted(anchor.glob(str(path.relative_to(anchor)))):
         if not any(part.startswith(".") for part in {*one.parts} - typed):
             sources = find_in_folder(one) if one.is_dir() else [Source(str(one), one)] if one.is_file() else []
             found |= {source.name: source for source in sources}
-    return [found[key] for key in sorted(found, key=Path)] or [Source(name, None, "no file is named like this")]
+            nothing = Source(name, None, "no pictures in what is named like this")
+    return [found[key] for key in sorted(found, key=Path)] or [nothing]
 
 
 def find_in_folder(folder: Path) -> list[Source]:

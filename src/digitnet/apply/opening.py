@@ -56,8 +56,8 @@ def open_picture(source: Path | BinaryIO | bytes) -> Image.Image:
         is_photo = picture.format in ("JPEG", "MPO")  # the second with a preview behind
         if is_photo:
             picture.draft("RGB", (SHEET_SIDE, SHEET_SIDE))  # decodes a large photo at half size or less, much faster
-        picture.load()
         is_turned = picture.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+        picture.load()  # which turns a TIFF by itself
         num_pages = 1 if is_photo else count_pages(data)
         if is_turned:
             picture = ImageOps.exif_transpose(picture)
@@ -112,10 +112,12 @@ def flatten(picture: Image.Image) -> Image.Image:
         return Image.fromarray((values * (255 / top)).clip(0, 255).astype(np.uint8))
     if picture.has_transparency_data:
         layer = picture.convert("RGBA")
+        alpha = np.asarray(layer.getchannel("A"))
+        solid = alpha >= 0.9 * alpha.max()  # bright ink may have darker edges, as some programs draw
         for paper in ("white", "black"):
             flat = Image.new("RGBA", layer.size, paper)
             flat.alpha_composite(layer)
-            if paper == "black" or np.asarray(flat.convert("RGB")).min() < 255 - MIN_CONTRAST:
+            if paper == "black" or np.asarray(flat.convert("RGB"))[solid].min() < 255 - MIN_CONTRAST:
                 break
         return drop_colour(flat.convert("RGB"))
     return picture.convert("L") if picture.mode in ("1", "L") else drop_colour(picture.convert("RGB"))

@@ -239,6 +239,8 @@ def find_joins(boxes: np.ndarray, whole: np.ndarray, usual: float) -> np.ndarray
             apart = gaps[large].max(1)[[near, next_near]]
             is_between = stacked[large[[near, next_near]]].all() and apart[1] < 2 * apart[0]
             others = np.setdiff1d(others, large if is_between else np.delete(large, near))
+        if heights[i] < 0.2 * usual and widths[i] > 0.8 * usual:  # a line to write on, no part of what is above it
+            others = others[boxes[others, 0] >= boxes[i, 0]]
         pairs.append(np.column_stack([np.full_like(others, i), others]))
     return np.concatenate(pairs)
 

@@ -201,7 +201,7 @@ def train(flags: list[str], seed: int, run: Path, num_epochs: int) -> None:
             sound, stored, _ = choose_resumable(last)
             if sound == last and stored["epoch"] + 1 >= num_epochs:
                 return  # stopped before it was scored
-    fit_or_go_on([*flags, f"--early_stopping.patience={num_epochs + 1}"], seed, run)
+    fit_or_go_on([*flags, "--early_stopping.patience=1000000000"], seed, run)
 
 
 def score(run: Path, seed: int, num_epochs: int, module: MNISTDataModule, holdout: int = 0) -> Result:

@@ -71,7 +71,6 @@ function drawStroke(pen, points, side) {
   let [x, y] = [points[0].x * side, points[0].y * side];
   pen.beginPath();
   pen.moveTo(x, y);
-  pen.lineTo(x, y); // a dot, when it is all
   points.forEach((point, i) => {
     if (point.width * side !== pen.lineWidth) {
       if (i) pen.stroke();
@@ -84,6 +83,7 @@ function drawStroke(pen, points, side) {
     [x, y] = [((point.x + after.x) / 2) * side, ((point.y + after.y) / 2) * side];
     pen.quadraticCurveTo(point.x * side, point.y * side, x, y);
   });
+  if (points.length === 1) pen.lineTo(x + 0.01, y); // a dot: a line of no length is not drawn
   pen.stroke();
 }
 
@@ -181,6 +181,10 @@ async function place(file) {
   if (!file.size) return showProblem("The file is empty.");
   showResult("empty", null, "Reading …", "", null);
   speak("Reading …");
+  const bytes = await file.arrayBuffer().catch(() => null); // now: the file may change before it is sent again
+  if (edits !== before) return;
+  if (!bytes) return showProblem("The file cannot be read.");
+  file = new File([bytes], file.name, { type: file.type });
   const picture = await createImageBitmap(file).catch(() => null); // null: perhaps the server can read it
   const sent = await shrink(file, picture);
   if (edits !== before) return; // something else was put on the paper meanwhile
