@@ -177,6 +177,7 @@ KINDS: dict[str, Callable[[np.ndarray, Rng], Image.Image]] = {
     "photo": lambda d, r: photo(inked(placed(pen(d, 360, 9), 600, 480, r)), r),
     "photo, shading": lambda d, r: photo(inked(placed(pen(d, 360, 9), 600, 480, r)) * slope((600, 480), r), r),
     "photo, shadow edge": lambda d, r: photo(inked(placed(pen(d, 360, 9), 600, 480, r)) * shadow((600, 480), r), r),
+    "the same, from afar": lambda d, r: photo(inked(placed(pen(d, 360, 9), 1200, 900, r)) * shadow((1200, 900), r), r),
     "photo, pencil": lambda d, r: photo(inked(placed(pen(d, 360, 7), 600, 480, r), 160, 220) * slope((600, 480), r), r),
     "photo, small in a large frame": lambda d, r: photo(
         inked(placed(pen(d, 90, 4), 1200, 1600, r)) * slope((1200, 1600), r), r
