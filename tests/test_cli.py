@@ -731,6 +731,12 @@ WRONG = [
     (["fit", "--config", "typo.yaml"], 2, "does not accept option 'model.droput'; did you mean model.dropout?"),
     (["fit", "--config", "resume.yaml"], 1, "a config has ckpt_path: a.ckpt; give it as a flag, --ckpt_path"),
     (["fit", "--config", "missing.yaml"], 2, "missing.yaml"),
+    (
+        ["fit", "configs/fast.yaml"],
+        2,
+        "configs/fast.yaml; did you mean --config configs/fast.yaml?",
+    ),
+    (["test", "--ckpt_path", "."], 1, '"." is a folder; give a checkpoint, as checkpoints/best.ckpt of a run'),
     (["fit", "--config", "binary.yaml"], 1, "binary.yaml is no YAML: it is no text"),
     (["fit", "--config", "empty.yaml"], 1, "empty.yaml is empty; a config has keys such as model and data"),
     (["fit", "-c", "binary.yaml"], 1, "binary.yaml is no YAML: it is no text"),
@@ -891,9 +897,18 @@ def test_a_split_in_a_foreign_checkpoint_is_taken_only_if_it_is_one(split: Any) 
     assert settings == {"source": "digits"} | ({"split": [1, 2, 3]} if split == (1, 2, 3) else {})
 
 
-def test_a_folder_of_a_run_without_a_checkpoint_is_told_of(digitnet: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_of_a_run_without_a_checkpoint_is_told_of(
+    digitnet: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     flags = ("fit", "--config", QUICKSTART, *SHORT, "--trainer.logger.version", "mine")
     assert digitnet(*flags, "--trainer.max_epochs", 0) == 0
+    (tmp_path / "lightning_logs" / "older" / "checkpoints").mkdir(parents=True)
+    older = tmp_path / "lightning_logs" / "older" / "checkpoints" / "last.ckpt"
+    older.touch()
+    os.utime(older, (1, 1))
+    assert digitnet("fit", "--ckpt_path", "last") == 1
+    assert f"mine is newer than {older.relative_to(tmp_path)}, but has no checkpoints/last.ckpt" in caplog.text
+    capsys.readouterr()
     assert digitnet(*flags) == 1
     assert "mine holds a run; it has no checkpoint yet; where no fit is at work in it, re" in capsys.readouterr().err
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import math
 import os
 import zipfile
@@ -20,12 +21,15 @@ from torch import Tensor, nn
 from digitnet.files import replace_whole, shorten, tell_command
 from digitnet.model import Committee, DigitNet, Network, SingleNet, UprightNet, ZoomNet
 
+log = logging.getLogger(__name__)
 LOG_DIR = Path("lightning_logs")
 FIT_HINT = "python -m digitnet fit --config configs/final.yaml"
 
 
 def find_newest(filename: str) -> Path:
     """The most recently written ``<run>/checkpoints/<filename>`` under a log folder, but for a study's finished runs.
+
+    Where a run began after that and has none, a warning says so.
 
     Raises:
         FileNotFoundError: when there is none.
@@ -37,7 +41,11 @@ def find_newest(filename: str) -> Path:
         here = Path("checkpoints", filename)  # of a training without a logger
         hint = f"for {here}, type --ckpt_path {here}" if here.is_file() else f"train one first: {FIT_HINT}"
         raise FileNotFoundError(f"no run has a checkpoints/{filename} under {LOG_DIR}/ yet; {hint}")
-    return max(found, key=lambda path: path.stat().st_mtime)
+    newest = max(found, key=lambda path: path.stat().st_mtime)
+    begun = max(LOG_DIR.glob("**/config.yaml"), key=lambda path: path.stat().st_mtime, default=newest)
+    if begun.stat().st_mtime > newest.stat().st_mtime and not (begun.parent / "checkpoints" / filename).exists():
+        log.warning("%s is newer than %s, but has no checkpoints/%s", begun.parent, newest, filename)
+    return newest
 
 
 def find_run(checkpoint: Path) -> Path | None:
@@ -67,6 +75,8 @@ def verify_checkpoint(path: Path, to_resume: bool = False) -> dict[str, Any]:
         ValueError: it is missing, damaged, no checkpoint of Lightning's, of another architecture, or holds weights only
             where more is needed.
     """
+    if path.is_dir():
+        raise ValueError(f'"{path}" is a folder; give a checkpoint, as {path / "checkpoints" / "best.ckpt"} of a run')
     if not path.is_file():
         raise ValueError(f'"{path}": no such file; give the path of a checkpoint, a .ckpt')
     try:

@@ -315,7 +315,10 @@ class DigitCLI(LightningCLI):
                     sys.exit(143 if self.stop.terminated else 130)
                 raise
         if self.trainer.global_step == first_step:
-            rank_zero_info("nothing was trained: the limits leave no step, or the run had ended already")
+            rank_zero_info(
+                "nothing was trained: the limits leave no step, or the run had ended already; a larger "
+                "--trainer.max_epochs goes on"
+            )
         best = find_keeper(self.trainer, of_best=True)
         if best and not best.best_model_path and not self.config["fit"].trainer.fast_dev_run:
             rank_zero_info(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -88,12 +89,17 @@ def test_what_makes_no_committee_is_told_in_one_line(
     other = torch.load(members[0], weights_only=True)
     other["datamodule_hyper_parameters"] = {"source": "digits", "split": (1297, 250, 250)}
     torch.save(other, tmp_path / "other.ckpt")
+    (tmp_path / "copy.ckpt").write_bytes(members[0].read_bytes())
     before = set(tmp_path.rglob("*"))
     attempts: list[tuple[list[Any], str]] = [
         (["committee", members[0]], f"two checkpoints or more; given: {members[0]}"),
         (["committee", "nosuch*.ckpt"], "two checkpoints or more; given: nosuch*.ckpt"),
         (["committee", members[0], committee], "all.ckpt is a committee already; give its members"),
         (["committee", members[0], "other.ckpt"], "other.ckpt was trained on"),
+        (
+            ["committee", members[1], members[0], "copy.ckpt"],
+            "copy.ckpt holds a network that another holds, too",
+        ),
         (["committee", members[0], "none.ckpt"], '"none.ckpt": no such file'),
         (["committee", *members, "--output", "."], "output is ., which is a folder; give a file"),
         (["fit", "--ckpt_path", committee], "holds weights only"),
@@ -159,8 +165,10 @@ def test_a_member_is_neither_counted_twice_nor_overwritten(
 
 
 def test_members_of_one_run_are_told_of(
-    digitnet: Run, trained_run: Path, members: list[Path], capsys: pytest.CaptureFixture[str]
+    digitnet: Run, trained_run: Path, members: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    both = [trained_run / "checkpoints" / f"{name}.ckpt" for name in ("best", "last")]
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    both = [run / "checkpoints" / f"{name}.ckpt" for name in ("best", "last")]
+    shutil.copy(members[2], both[1])  # its last epoch may be its best
     assert digitnet("committee", *both, members[1], "--output", "of_run.ckpt") == 0
     assert capsys.readouterr().out.count("such err alike, and gain little") == 2

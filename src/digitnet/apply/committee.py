@@ -56,11 +56,15 @@ def committee(checkpoints: list[Path], output: Path = Path("committee.ckpt"), da
     members: list[SingleNet] = []
     for path, (net, checkpoint) in zip(paths, loaded, strict=True):
         if read_data_settings(checkpoint) != known:
-            raise ValueError(f"{path} was trained on {read_data_settings(checkpoint)}, {paths[0]} on {known}")
+            other = read_data_settings(checkpoint)
+            raise ValueError(f"{path} was trained on {other}, {paths[0]} on {known}; give members of the same data")
         is_trained_at_once = "columns" in checkpoint.get("hyper_parameters", {})
         if isinstance(net, Committee) and not is_trained_at_once:
             raise ValueError(f"{path} is a committee already; give its members")
-        members += get_members(net)
+        for member in get_members(net):
+            if any(is_same(member, one) for one in members):
+                raise ValueError(f"{path} holds a network that another holds, too; train each with a seed of its own")
+            members.append(member)
     firsts = read_calibration(first, paths[0])
     module = MNISTDataModule(**known, data_dir=data_dir)
     module.setup("validate")
@@ -77,3 +81,9 @@ def committee(checkpoints: list[Path], output: Path = Path("committee.ckpt"), da
     save_weights(net, output, calibration=calibration.state_dict(), datamodule_hyper_parameters=data_settings)
     num_parameters = sum(weight.numel() for weight in net.parameters())
     print(f"{output}: {len(members)} networks, {num_parameters:,} parameters")
+
+
+def is_same(one: SingleNet, other: SingleNet) -> bool:
+    """Whether two networks have the same weights."""
+    mine, theirs = one.state_dict(), other.state_dict()
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)

@@ -62,7 +62,7 @@ class Predictor:
             return cls(net)
         calibration = read_calibration(stored, path)
         if not calibration.has_detector:
-            log.warning("%s has no detector of what is no digit (fit left it out): any picture is a digit", path)
+            log.warning("%s has no detector of non-digits (its config leaves it out): any picture is a digit", path)
         return cls(net, calibration)
 
     @torch.inference_mode()
