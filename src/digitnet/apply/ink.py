@@ -13,9 +13,7 @@ from scipy import ndimage
 Invert = Literal["auto", "yes", "no"]
 
 WINDOW = 0.35  # of a picture's shorter side; no stroke is that wide
-NEAR = (
-    0.12  # of a picture's shorter side: there the edge of a shadow differs little from its surroundings, and ink much
-)
+NEAR = 0.12  # of a picture's shorter side: so near, the edge of a shadow differs little, and ink much
 MIN_CONTRAST = 12  # grey levels; less is paper
 MIN_SHARE = 0.3  # of how much the shading varies; ink that is fainter everywhere is shading
 

@@ -212,7 +212,7 @@ def load_file(path: str | Path) -> Digits:
         verify_mnist(digits)
         rank_zero_info(f"{path}: verified, mnist_784 byte for byte")
     except ValueError:
-        rank_zero_info(f"{path}: {len(digits.labels):,} digits, not mnist_784 as it is published")
+        rank_zero_info(f"{path}: {len(digits.labels):,} digits, others than mnist_784's")
         upper_and_lower, left_and_right = digits.images[:, [0, -1]], digits.images[:, :, [0, -1]]
         if (upper_and_lower.mean() + left_and_right.mean()) / 2 > 127.5:
             rank_zero_info(f"{path}: dark ink on bright paper, it seems; give 255 - images, or predict will misread")
