@@ -27,6 +27,7 @@ import pytest
 import torch
 import yaml
 from conftest import QUICKSTART, ROOT, SHORT, Run
+from jsonargparse import dict_to_namespace
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from digitnet.__main__ import COMMANDS, load_function
@@ -39,6 +40,7 @@ from digitnet.guards import count_steps, try_optimizer
 from digitnet.model import ARCHITECTURES
 from digitnet.origin import CHOSEN
 from digitnet.parsing import run_function
+from digitnet.run_folder import prepare_loggers
 from digitnet.views import see_near
 
 ONE_CYCLE = (
@@ -897,6 +899,14 @@ def test_a_split_in_a_foreign_checkpoint_is_taken_only_if_it_is_one(split: Any) 
     assert settings == {"source": "digits"} | ({"split": [1, 2, 3]} if split == (1, 2, 3) else {})
 
 
+def test_a_place_of_an_unknown_user_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLACE", "runs")
+    logger = {"class_path": "TensorBoardLogger", "init_args": {"save_dir": "~nobody-here/$PLACE", "name": "one"}}
+    config = dict_to_namespace({"trainer": {"logger": logger}})
+    prepare_loggers(config, None)
+    assert config.trainer.logger.init_args.save_dir == "~nobody-here/runs"
+
+
 def test_a_folder_of_a_run_without_a_checkpoint_is_told_of(
     digitnet: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -906,6 +916,10 @@ def test_a_folder_of_a_run_without_a_checkpoint_is_told_of(
     older = tmp_path / "lightning_logs" / "older" / "checkpoints" / "last.ckpt"
     older.touch()
     os.utime(older, (1, 1))
+    studied = tmp_path / "lightning_logs" / "ablations" / "seed_42"  # which leaves no checkpoint
+    studied.mkdir(parents=True)
+    for name in ("config.yaml", "result.json"):
+        (studied / name).touch()
     assert digitnet("fit", "--ckpt_path", "last") == 1
     assert f"mine is newer than {older.relative_to(tmp_path)}, but has no checkpoints/last.ckpt" in caplog.text
     capsys.readouterr()

@@ -34,18 +34,21 @@ def find_newest(filename: str) -> Path:
     Raises:
         FileNotFoundError: when there is none.
     """
-    found = [
-        path for path in LOG_DIR.glob(f"**/checkpoints/{filename}") if not (path.parents[1] / "result.json").exists()
-    ]
+    found = [path for path in LOG_DIR.glob(f"**/checkpoints/{filename}") if not _is_finished(path.parents[1])]
     if not found:
         here = Path("checkpoints", filename)  # of a training without a logger
         hint = f"for {here}, type --ckpt_path {here}" if here.is_file() else f"train one first: {FIT_HINT}"
         raise FileNotFoundError(f"no run has a checkpoints/{filename} under {LOG_DIR}/ yet; {hint}")
     newest = max(found, key=lambda path: path.stat().st_mtime)
-    begun = max(LOG_DIR.glob("**/config.yaml"), key=lambda path: path.stat().st_mtime, default=newest)
+    configs = [path for path in LOG_DIR.glob("**/config.yaml") if not _is_finished(path.parent)]
+    begun = max(configs, key=lambda path: path.stat().st_mtime, default=newest)
     if begun.stat().st_mtime > newest.stat().st_mtime and not (begun.parent / "checkpoints" / filename).exists():
         log.warning("%s is newer than %s, but has no checkpoints/%s", begun.parent, newest, filename)
     return newest
+
+
+def _is_finished(run: Path) -> bool:
+    return (run / "result.json").exists()
 
 
 def find_run(checkpoint: Path) -> Path | None:

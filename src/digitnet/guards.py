@@ -139,7 +139,8 @@ def verify_settings(config: Any) -> None:
     interval = config.trainer.val_check_interval
     if isinstance(interval, int) and interval < 1:
         raise ValueError(f"trainer.val_check_interval is {interval}; a number of steps is at least 1")
-    if not isinstance(interval, (int, float, type(None))):  # a time, of which Lightning's EarlyStopping does not know
+    by_time = not isinstance(interval, (int, float, type(None)))
+    if by_time and config.early_stopping.check_on_train_epoch_end is None:  # Lightning would look for a number
         config.early_stopping.check_on_train_epoch_end = False
     strategy = str(config.trainer.strategy)
     if any(way in strategy for way in ("spawn", "fork", "notebook")):

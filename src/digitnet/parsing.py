@@ -38,7 +38,8 @@ def suggest_name(message: str, flags: Iterable[str]) -> str:
         message: the line.
         flags: the flags there are, such as "--trainer.max_epochs".
     """
-    if config := re.search(r"unrecognized arguments: ([^-\s]\S*\.ya?ml)\b", message):
+    config = re.search(r"unrecognized arguments: ([^-\s]\S*\.ya?ml)\b", message)
+    if config and "--config" in flags:
         return f"; did you mean --config {config[1]}?"
     match = re.search(r"unrecognized arguments: --([\w.]+)|[Oo]ption '([\w.]+)'", message)
     return nearest_name(match[1] or match[2], [flag.lstrip("-") for flag in flags]) if match else ""

@@ -44,7 +44,7 @@ def prepare_loggers(config: Any, run_dir: Path | None) -> None:
                 if "://" in str(value):  # a logger writes there, checkpoints would go to a folder of that name
                     raise ValueError(f"trainer.logger.{name} is {value}; a run needs a folder of this machine")
                 # Lightning expands "~/runs" and "$SCRATCH" for a logger's own files, not for the checkpoints beside.
-                settings[name] = os.path.expandvars(Path(value).expanduser())
+                settings[name] = os.path.expanduser(os.path.expandvars(value))  # noqa: PTH111  leaves unknown users be
     first = find_first_logger(config)
     is_tensorboard = str(getattr(first, "class_path", "")).endswith("TensorBoardLogger")
     if not run_dir:
